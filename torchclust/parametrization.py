@@ -1,0 +1,392 @@
+"""The parametrizations behind a clustered weight: what is stored, what trains, what is computed.
+
+A `ClusteredWeight` is registered through `torch.nn.utils.parametrize`, so ``module.weight`` is
+computed on access. Contract, for every configuration and at any moment:
+
+1. the computed weight holds at most ``n_clusters`` distinct values per codebook (float32), or is
+   ``scale[o] * code`` with at most ``n_clusters`` integer codes (int8);
+2. ``"fixed"``: ``parametrizations.weight.original`` is the codebook and nothing of the weight's
+   size trains; ``"nearest"``: it is the weight, and the codebook lies beside it as ``centroids``;
+3. everything is a tensor in the state dict, the configuration too (as JSON bytes), so a state dict
+   tells how to rebuild its model (`torchclust.restore_`) and fits into safetensors.
+
+Trained tensors keep the weight's own magnitude: Adam moves every element by about the learning
+rate, so a codebook kept in integer units would stand still and a scale of 0.002 would leap.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchclust.codebook import Codebook, fit_codebook, fit_integer_codebook
+from torchclust.config import ClusterConfig
+from torchclust.lookup import grouped_sum, lookup
+
+_PARAMETERS = ("centroids", "relative_scale")
+
+
+class ClusteredWeight(nn.Module):
+    """A weight as codebook and indices; subclasses say what a codebook is.
+
+    Args:
+        config: how the weight is clustered.
+        tensors: ``original`` and the other tensors of its state dict, as `fit_weight` makes them.
+        channel_dim: the weight's output-channel dimension: 1 for ConvTranspose, else 0.
+        requires_grad: whether the codebook trains.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        tensors: Mapping[str, Tensor],
+        *,
+        channel_dim: int = 0,
+        requires_grad: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.channel_dim = channel_dim
+        self.first_original: Tensor | None = tensors["original"]
+        self._cached: _Cached | None = None
+        for name, tensor in tensors.items():
+            if name in _PARAMETERS:
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad))
+            elif name not in ("original", "config"):
+                self.register_buffer(name, tensor)
+        self.register_buffer("config_json", _as_bytes(config).to(tensors["original"].device))
+
+    def forward(self, original: Tensor) -> Tensor:
+        """The weight. Without gradients the last result is returned while nothing has changed."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._cached = None
+            return self._evaluate(original)
+        sources = [original, *self._parameters.values(), *self._buffers.values()]
+        tensors = [tensor for tensor in sources if tensor is not None]
+        if self._cached is None or not self._cached.holds(tensors):
+            self._cached = _Cached(self._evaluate(original), tensors)
+        return self._cached.value
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Assigning to ``module.weight`` fits the codebook anew; registering keeps the first fit."""
+        if self.first_original is not None:
+            return self.first_original
+        fitted = fit_weight(weight, self.config, channel_dim=self.channel_dim)
+        for name, tensor in fitted.items():
+            if name != "original":
+                getattr(self, name).data = tensor
+        return fitted["original"]
+
+    def trained(self, original: Tensor) -> Tensor:
+        """The tensor that trains the codebook, given the registered ``original``."""
+        return original if self.config.assignment == "fixed" else self._tensor("centroids")
+
+    def indices_of(self, original: Tensor) -> Tensor:
+        """Indices in the weight's shape, ``uint8``: as stored, or of the nearest centroids."""
+        with torch.no_grad():
+            return self._rows(self._indices(original, self._codebook(self.trained(original))))
+
+    def codes(self, original: Tensor) -> Tensor | None:
+        """The int8 codebook, ascending; None for a float codebook."""
+        return None
+
+    def scale(self) -> Tensor | None:
+        """The positive scale of every output channel; None for a float codebook."""
+        return None
+
+    def _evaluate(self, original: Tensor) -> Tensor:
+        codebook = self._codebook(self.trained(original))
+        indices = self._indices(original.detach(), codebook.detach())
+        if self.config.gradient == "mean":
+            ones = torch.ones((), dtype=original.dtype, device=indices.device)
+            shape = self._table(codebook.detach()).shape
+            members = self._fold(grouped_sum(ones.expand(indices.shape), indices, shape))
+            codebook = _scale_gradient(codebook, members.clamp_min(1).reciprocal())
+        through = None if self.config.assignment == "fixed" else self._rows(original)
+        return self._rows(lookup(self._table(codebook), indices, through))
+
+    def _indices(self, original: Tensor, codebook: Tensor) -> Tensor:
+        """Indices with output channels first, as `lookup` wants them beside a table of rows."""
+        if self.config.assignment == "fixed":
+            return self._rows(self._tensor("indices"))
+        indices = self._nearest(self._rows(original), codebook)
+        if self.config.preserve_sparsity:
+            zero = self._index_of_zero(codebook)
+            indices = torch.where(self._rows(self._tensor("sparsity_mask")), zero, indices)
+        return indices
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """Output channels first, and back again: the same exchange of two dimensions."""
+        return tensor if self.channel_dim == 0 else tensor.transpose(0, self.channel_dim)
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor = getattr(self, name)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
+
+    def _codebook(self, trained: Tensor) -> Tensor:
+        """What the trained tensor stands for; ascending where assignments are sought in it."""
+        raise NotImplementedError
+
+    def _table(self, codebook: Tensor) -> Tensor:
+        """The values that `lookup` reads: ``(k,)``, or one row for every output channel."""
+        raise NotImplementedError
+
+    def _nearest(self, rows: Tensor, codebook: Tensor) -> Tensor:
+        """Indices of the nearest values, by binary search over midpoints: O(n log k) time."""
+        raise NotImplementedError
+
+    def _index_of_zero(self, codebook: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _fold(self, counts: Tensor) -> Tensor:
+        """Members per table entry, summed to members per codebook entry."""
+        raise NotImplementedError
+
+
+class FloatClusteredWeight(ClusteredWeight):
+    """The paper's codebook: values in the weight's dtype, ``(k,)`` or ``(codebooks, k)``."""
+
+    def _codebook(self, trained: Tensor) -> Tensor:
+        zero = self._buffers.get("zero_mask")
+        codebook = trained if zero is None else trained.masked_fill(zero, 0)
+        return codebook if self.config.assignment == "fixed" else codebook.sort(-1).values
+
+    def _table(self, codebook: Tensor) -> Tensor:
+        if self.config.granularity != "group":
+            return codebook
+        n_channels = self._n_channels()
+        return codebook.repeat_interleave(self.config.group_size or 1, 0)[:n_channels]
+
+    def _nearest(self, rows: Tensor, codebook: Tensor) -> Tensor:
+        table = _at_least_float32(self._table(codebook))
+        midpoints = table[..., 1:] / 2 + table[..., :-1] / 2  # halved first: no overflow
+        return _search(_at_least_float32(rows), midpoints)
+
+    def _index_of_zero(self, codebook: Tensor) -> Tensor:
+        table = self._table(codebook)
+        position = torch.searchsorted(table, table.new_zeros(*table.shape[:-1], 1)).byte()
+        return position if table.dim() == 1 else position.view(-1, *[1] * (self._n_dims() - 1))
+
+    def _fold(self, counts: Tensor) -> Tensor:
+        if self.config.granularity != "group":
+            return counts
+        size = self.config.group_size or 1
+        padded = nn.functional.pad(counts, (0, 0, 0, -len(counts) % size))
+        return padded.view(-1, size, counts.shape[1]).sum(1)
+
+    def _n_channels(self) -> int:
+        return self._weight_shape()[self.channel_dim]
+
+    def _n_dims(self) -> int:
+        return len(self._weight_shape())
+
+    def _weight_shape(self) -> torch.Size:
+        return self._tensor("indices" if self.config.assignment == "fixed" else "shape_of").shape
+
+
+class IntegerClusteredWeight(ClusteredWeight):
+    """Integer codes, symmetric about 0 and with 0, times one scale per output channel.
+
+    What trains are the ``h`` positive magnitudes, as ``code * unit``, and the channels' scales, as
+    ``scale / unit``. The unit is the power of two nearest the mean scale, so the trained tensors
+    keep the weight's magnitude and codes survive a cast to bfloat16 exactly. Rounding to the grid
+    is straight-through. The codebook is ``-codes, 0, codes``: symmetric whatever training does.
+    """
+
+    def codes(self, original: Tensor) -> Tensor:
+        """The int8 codebook, ascending."""
+        with torch.no_grad():
+            return _mirrored(self._codebook(self.trained(original))).unique().to(torch.int8)
+
+    def scale(self) -> Tensor:
+        """The positive scale of every output channel, ``(channels,)``."""
+        return self._tensor("relative_scale").abs() * self._tensor("unit")
+
+    def _codebook(self, trained: Tensor) -> Tensor:
+        in_codes = trained / self._tensor("unit")
+        on_grid = in_codes.detach().round().clamp(1, 127)
+        codes = on_grid + (in_codes - in_codes.detach())  # the bracket is 0: straight-through
+        return codes if self.config.assignment == "fixed" else codes.sort().values
+
+    def _table(self, codebook: Tensor) -> Tensor:
+        return self.scale()[:, None] * _mirrored(codebook)
+
+    def _nearest(self, rows: Tensor, codebook: Tensor) -> Tensor:
+        codes = _mirrored(codebook).float()
+        scale = self.scale().detach().float().clamp_min(torch.finfo(torch.float32).tiny)
+        in_codes = rows.float() / scale.view(-1, *[1] * (rows.dim() - 1))
+        return _search(in_codes, (codes[1:] + codes[:-1]) / 2)
+
+    def _index_of_zero(self, codebook: Tensor) -> Tensor:
+        return torch.full((), len(codebook), dtype=torch.uint8, device=codebook.device)
+
+    def _fold(self, counts: Tensor) -> Tensor:
+        total = counts.sum(0)
+        half = len(total) // 2
+        return total[half + 1 :] + total[:half].flip(0)
+
+
+def make_clustered_weight(
+    config: ClusterConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    channel_dim: int = 0,
+    requires_grad: bool = True,
+) -> ClusteredWeight:
+    """The parametrization for a configuration, over tensors fitted or restored."""
+    kind = FloatClusteredWeight if config.codebook_dtype == "float32" else IntegerClusteredWeight
+    return kind(config, tensors, channel_dim=channel_dim, requires_grad=requires_grad)
+
+
+def config_from_bytes(encoded: Tensor) -> ClusterConfig:
+    """The configuration that a clustered state dict carries (``...0.config_json``)."""
+    return ClusterConfig.from_json(bytes(encoded.tolist()).decode("ascii"))
+
+
+def fit_weight(
+    weight: Tensor,
+    config: ClusterConfig,
+    *,
+    channel_dim: int = 0,
+    importance: Tensor | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Fit a weight's codebooks; pure.
+
+    Returns:
+        The tensors of a `ClusteredWeight` by name. ``original`` is what the parametrization
+        registers: the codebook with ``"fixed"``, the weight itself with ``"nearest"``.
+    """
+    rows = weight.detach().transpose(0, channel_dim)
+    weights = None if importance is None else importance.detach().transpose(0, channel_dim)
+    fit = _fit_float if config.codebook_dtype == "float32" else _fit_integer
+    trained, indices, tensors = fit(rows, config, weights, seed)
+    if config.assignment == "fixed":
+        tensors |= {"original": trained, "indices": indices.transpose(0, channel_dim).contiguous()}
+        return tensors
+    if config.preserve_sparsity:
+        tensors["sparsity_mask"] = weight.detach() == 0
+    return tensors | {"original": weight.detach().clone(), "centroids": trained}
+
+
+def _fit_float(
+    rows: Tensor, config: ClusterConfig, importance: Tensor | None, seed: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def fit(part: slice) -> Codebook:
+        return fit_codebook(
+            rows[part],
+            config.n_clusters,
+            init=config.init,
+            max_iter=config.max_iter,
+            importance=None if importance is None else importance[part],
+            preserve_sparsity=config.preserve_sparsity,
+            seed=seed,
+        )
+
+    if config.granularity == "tensor":
+        codebook = fit(slice(None))
+        centroids, indices = codebook.centroids, codebook.indices
+    else:
+        size = config.group_size if config.granularity == "group" else 1
+        parts = [slice(start, start + (size or 1)) for start in range(0, len(rows), size or 1)]
+        books = [fit(part) for part in parts]
+        centroids = _stack_padded([book.centroids for book in books])
+        indices = torch.cat([book.indices for book in books])
+    zero = {"zero_mask": centroids == 0} if config.preserve_sparsity else {}
+    return centroids, indices.byte(), zero
+
+
+def _fit_integer(
+    rows: Tensor, config: ClusterConfig, importance: Tensor | None, seed: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    book = fit_integer_codebook(
+        rows,
+        config.n_clusters,
+        init=config.init,
+        max_iter=config.max_iter,
+        importance=importance,
+        preserve_sparsity=config.preserve_sparsity,
+        seed=seed,
+    )
+    magnitudes, indices = book.codes[len(book.codes) // 2 + 1 :], book.indices
+    if len(magnitudes) == 0:  # an all-zero weight: something must be there to train
+        magnitudes, indices = book.codes.new_ones(1), indices + 1
+    unit = torch.exp2(book.scale.double().mean().log2().round())
+    dtype = rows.dtype
+    return (
+        (magnitudes.double() * unit).to(dtype),
+        indices.byte(),
+        {"relative_scale": (book.scale.double() / unit).to(dtype), "unit": unit.to(dtype)},
+    )
+
+
+def _stack_padded(centroids: Sequence[Tensor]) -> Tensor:
+    """One row a codebook; a shorter one repeats its last centroid, which no index refers to."""
+    width = max(len(c) for c in centroids)
+    return torch.stack([torch.cat([c, c[-1:].expand(width - len(c))]) for c in centroids])
+
+
+def _mirrored(codes: Tensor) -> Tensor:
+    return torch.cat([-codes.flip(0), codes.new_zeros(1), codes])
+
+
+def _search(rows: Tensor, midpoints: Tensor) -> Tensor:
+    if midpoints.dim() == 1:
+        return torch.bucketize(rows, midpoints, out_int32=True).byte()
+    found = torch.searchsorted(midpoints.contiguous(), rows.flatten(1).contiguous(), out_int32=True)
+    return found.byte().view(rows.shape)
+
+
+def _scale_gradient(tensor: Tensor, factor: Tensor) -> Tensor:
+    """The same values to the bit, with the gradient multiplied."""
+    return tensor.detach() + (tensor - tensor.detach()) * factor
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _as_bytes(config: ClusterConfig) -> Tensor:
+    return torch.tensor(list(config.to_json().encode("ascii")), dtype=torch.uint8)
+
+
+class _Cached:
+    """A computed weight and what it was computed from.
+
+    Tensors are compared by identity, storage and version counter, and the small ones on the CPU by
+    value as well: an edit through ``.data`` leaves the version counter as it was.
+    """
+
+    def __init__(self, value: Tensor, sources: Sequence[Tensor]) -> None:
+        self.value = value
+        self._stamp = list(_stamps([value, *sources]))
+        self._refs = [weakref.ref(source) for source in sources]
+        self._copies = [source.clone() for source in sources if _is_small(source)]
+        self._inference = torch.is_inference_mode_enabled()
+
+    def holds(self, sources: Sequence[Tensor]) -> bool:
+        small = [source for source in sources if _is_small(source)]
+        return (
+            self._inference == torch.is_inference_mode_enabled()
+            and len(sources) == len(self._refs)
+            and all(r() is s for r, s in zip(self._refs, sources, strict=True))
+            and self._stamp == list(_stamps([self.value, *sources]))
+            and all(torch.equal(c, s) for c, s in zip(self._copies, small, strict=True))
+        )
+
+
+def _stamps(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+    for tensor in tensors:
+        yield tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _is_small(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_floating_point() and tensor.numel() <= 65536
