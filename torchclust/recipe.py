@@ -1,0 +1,343 @@
+"""The recipe: a YAML file that says what `torchclust run` does, read into a frozen, checked value.
+
+This module knows the file's shape and nothing of torch models, data or training; `torchclust.run`
+acts on the value. A section that is absent (or null) is a stage that is not run. Unknown keys are
+errors that name the nearest valid one, and so are values of the wrong type: ``"6"`` is no epoch
+count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from torchclust.config import (
+    Assignment,
+    ClusterConfig,
+    CodebookDtype,
+    Gradient,
+    Granularity,
+    Init,
+)
+
+AnyPath = Annotated[Path, Field(strict=False)]
+
+
+class RecipeError(ValueError):
+    """A recipe that can not be run; the text is one line that names the key and the remedy."""
+
+
+class Section(BaseModel):
+    """What every section has in common: no unknown keys, no silent conversions, no changes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class DataSection(Section):
+    """Which images to train and test on; a bare string is a `name`."""
+
+    name: str = Field(description="mnist5k, fashion_mnist or image_folder")
+    batch_size: int = Field(128, ge=1, description="images per training step")
+    root: AnyPath | None = Field(None, description="folder of the files, where a data set has one")
+    image_size: int | None = Field(None, ge=8, description="pixels a side, for image_folder")
+
+
+class ModelSection(Section):
+    """Which network; other keys are arguments of its builder. A bare string is a `name`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str | None = Field(None, description="a network of torchclust.zoo")
+    target: str | None = Field(None, description="or yours: package.module.Class (or a function)")
+    checkpoint: AnyPath | None = Field(None, description="state dict to load, from torch.save")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The builder's keyword arguments."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _one_of(self) -> ModelSection:
+        if (self.name is None) == (self.target is None):
+            raise ValueError(
+                "give either name (a network of torchclust.zoo) or target (package.module.Class)"
+            )
+        return self
+
+
+class TrainSection(Section):
+    """Ordinary training with Adam, before compression; absent: the model comes trained."""
+
+    epochs: int = Field(ge=0, description="passes over the training set; 0 keeps random weights")
+    lr: float = Field(1e-3, gt=0, description="Adam's learning rate")
+
+
+class PruneSection(Section):
+    """Magnitude pruning, with a schedule that rises to `sparsity` over `epochs`."""
+
+    sparsity: float = Field(gt=0, lt=1, description="share of each weight tensor set to zero")
+    epochs: int = Field(1, ge=1, description="passes over the training set while pruning")
+
+
+class ClusterSection(Section):
+    """ClusterConfig's fields for every clusterable weight, then `rules` for some of them."""
+
+    n_clusters: int = Field(16, description="most distinct values per codebook, 2 to 256")
+    codebook_dtype: CodebookDtype = Field("float32", description="int8: the codes of the file")
+    init: Init = Field("optimal", description="how a codebook is fitted")
+    max_iter: int = Field(300, description="k-means steps after the seeds")
+    granularity: Granularity = Field("tensor", description="what shares one codebook")
+    group_size: int | None = Field(None, description="output channels per codebook, for group")
+    assignment: Assignment = Field("fixed", description="nearest: weights train and move cluster")
+    gradient: Gradient = Field("sum", description="how member gradients reach their centroid")
+    preserve_sparsity: bool = Field(False, description="zeros stay exactly zero")
+    rules: dict[str, Any] = Field(
+        default_factory=dict,
+        description="pattern of parameter names, or class name -> int, fields, or null",
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """ClusterConfig's fields but for `n_clusters`, as `cluster_` takes them."""
+        return {f.name: getattr(self, f.name) for f in _CONFIG_FIELDS if f.name != "n_clusters"}
+
+    @property
+    def all_rules(self) -> dict[str, Any]:
+        """`n_clusters` for everything, then `rules`: the second argument of `cluster_`."""
+        return {"*": self.n_clusters, **self.rules}
+
+    @model_validator(mode="after")
+    def _valid_configs(self) -> ClusterSection:
+        ClusterConfig(n_clusters=self.n_clusters, **self.options)
+        for pattern, rule in self.rules.items():
+            if rule is None:
+                continue
+            if isinstance(rule, bool) or not isinstance(rule, int | Mapping):
+                raise ValueError(
+                    f"rule {pattern!r} is a number of clusters, a mapping or null, got {rule!r}"
+                )
+            fields = rule if isinstance(rule, Mapping) else {"n_clusters": rule}
+            _known_keys(fields, [f.name for f in _CONFIG_FIELDS], f"rules.{pattern}.")
+            try:
+                ClusterConfig(**{"n_clusters": self.n_clusters, **self.options, **fields})
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"rule {pattern!r}: {error}") from None
+        return self
+
+
+class FinetuneSection(Section):
+    """Training of the clustered model, at a lower learning rate; the control trains as long."""
+
+    epochs: int = Field(1, ge=0, description="passes over the training set")
+    lr_scale: float = Field(0.1, gt=0, description="times train.lr (1e-3 where that is absent)")
+    quantize_activations: bool = Field(False, description="fake-quantize activations meanwhile")
+    labels: bool = Field(True, description="false: learn from the unclustered model's outputs")
+
+
+class ExportSection(Section):
+    """int8 TFLite files, clustered and not, and float ones."""
+
+    calibration_samples: int = Field(200, ge=1, description="training images that set the ranges")
+
+
+class VelaSection(Section):
+    """What the Vela compiler makes of both int8 files; None: its default for the accelerator."""
+
+    accelerator: str = Field("ethos-u55-128", description="ethos-u55-32 ... ethos-u85-2048")
+    system_config: str | None = Field(None, description="clocks and memories")
+    memory_mode: str | None = Field(None, description="where weights and activations live")
+
+
+class Recipe(Section):
+    """All sections of a recipe, in the order in which they run."""
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="also the folder's: runs/NAME")
+    seed: int = Field(0, ge=0, description="of weights, order of images, and clustering")
+    data: DataSection
+    model: ModelSection
+    train: TrainSection | None = None
+    prune: PruneSection | None = None
+    cluster: ClusterSection | None = None
+    finetune: FinetuneSection | None = None
+    export: ExportSection | None = None
+    vela: VelaSection | None = None
+
+    @field_validator("data", "model", mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _stages_fit_together(self) -> Recipe:
+        if self.train is None and self.model.checkpoint is None and self.model.target is None:
+            raise ValueError(
+                "nothing trains the model: add train: {epochs: 6}, or model.checkpoint "
+                "(train: {epochs: 0} keeps random weights)"
+            )
+        for section, needed in (("finetune", "cluster"), ("vela", "export")):
+            if getattr(self, section) is not None and getattr(self, needed) is None:
+                raise ValueError(f"{section} needs the section {needed}, which is absent")
+        return self
+
+    @property
+    def lr(self) -> float:
+        """The learning rate that `finetune.lr_scale` scales."""
+        return self.train.lr if self.train else 1e-3
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key that is set, defaults included, in JSON's types; `Recipe` of it is the same."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def load_recipe(file: Path | str, settings: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe; each of `settings` is a ``key=value`` that overrides the file.
+
+    `file` may also be a ``report.json`` of an earlier run, whose recipe is taken. A setting's key
+    is dotted (``cluster.n_clusters=8``), its value is YAML (``prune=null`` leaves a stage out); a
+    bare ``data=NAME`` or ``model=NAME`` changes the name and keeps the section's other keys.
+
+    Raises:
+        RecipeError: one line: the file, the key, what is wrong, what to write.
+    """
+    try:
+        content = _parse(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read {file}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file} is not a YAML file: {_one_line(error)}") from None
+    if isinstance(content, dict) and isinstance(content.get("recipe"), dict):
+        content = content["recipe"]
+    if not isinstance(content, dict):
+        raise RecipeError(f"{file} is not a recipe: it holds no 'key: value' lines")
+    for setting in settings:
+        override(content, setting)
+    return parse_recipe(content, source=str(file))
+
+
+def parse_recipe(content: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
+    """Check a recipe that is already a mapping; `source` begins the error message."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {_explain(error)}") from None
+
+
+def override(content: dict[str, Any], setting: str) -> None:
+    """Apply one ``key.key=value`` to a recipe's mapping, in place.
+
+    >>> content = {"data": {"name": "mnist5k", "batch_size": 64}}
+    >>> override(content, "data=fashion_mnist")
+    >>> override(content, "cluster.n_clusters=8")
+    >>> content
+    {'data': {'name': 'fashion_mnist', 'batch_size': 64}, 'cluster': {'n_clusters': 8}}
+    """
+    dotted, equals, text = setting.partition("=")
+    *parents, last = dotted.strip().split(".")
+    if not equals or not last or not all(parents):
+        raise RecipeError(f"--set {setting}: expected key=value, e.g. --set cluster.n_clusters=8")
+    try:
+        value = _parse(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {setting}: {_one_line(error)}") from None
+    for key in parents:
+        below = content.get(key)
+        if isinstance(below, str):  # a bare name
+            below = {"name": below}
+        elif below is None:
+            below = {}
+        elif not isinstance(below, dict):
+            raise RecipeError(f"--set {setting}: {key} is {below!r}, which has no keys")
+        content[key] = below
+        content = below
+    before = content.get(last)
+    keeps = isinstance(value, str) and isinstance(before, dict) and "name" in before
+    content[last] = {**before, "name": value} if keeps else value  # type: ignore[dict-item]
+
+
+def nearest(key: str, valid: Iterable[str]) -> str:
+    """Say which of the `valid` keys was meant, or list them."""
+    names = list(valid)
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(names)}"
+
+
+_CONFIG_FIELDS = dataclasses.fields(ClusterConfig)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which ``1e-3`` is a number (as in YAML 1.2) and a key written twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, _Loader)  # a SafeLoader
+
+
+def _one_line(error: Exception) -> str:
+    """Return a YAML error as one line, with its place."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', error)}"
+
+
+def _known_keys(given: Iterable[Any], valid: list[str], prefix: str = "") -> None:
+    for key in given:
+        if key not in valid:
+            raise ValueError(f"unknown key {prefix}{key}; {nearest(str(key), valid)}")
+
+
+def _explain(error: ValidationError) -> str:
+    """Turn the first of pydantic's errors into ``key: what is wrong``."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    where = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        section = _section_at(location[:-1])
+        return f"unknown key {where}; {nearest(location[-1], section.model_fields)}"
+    if first["type"] == "missing":
+        return f"the key {where} is missing"
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        return f"{where}: {message}" if where else message
+    if first["type"] in ("model_type", "dict_type"):
+        return (
+            f"{where}: should be a mapping, as in {where}: {{key: value}}, got {first['input']!r}"
+        )
+    return f"{where}: {first['msg'].partition(' ')[2]}, got {first['input']!r}"
+
+
+def _section_at(location: list[str]) -> type[BaseModel]:
+    """Return the section class at a location, for its list of valid keys."""
+    model: type[BaseModel] = Recipe
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        model = next(c for c in (annotation, *get_args(annotation)) if _is_section(c))
+    return model
+
+
+def _is_section(candidate: Any) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, BaseModel)
