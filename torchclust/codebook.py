@@ -6,21 +6,21 @@ sums over values sorted once; the results return to the device of the input.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from torchclust.arguments import as_tensor, check_request, sort_values
+from torchclust.integer_codebook import IntegerCodebook, fit_integer_codebook
 from torchclust.moments import Float64s, Floats, Moments
+from torchclust.nearest import assign
 from torchclust.partition import optimal_bounds
-from torchclust.seeding import INITS, lloyd, nearest_bounds, seeds
+from torchclust.seeding import lloyd, nearest_bounds, seeds
 
-MAX_CLUSTERS = 65536
-_CHUNK = 1 << 16
+__all__ = ["Codebook", "IntegerCodebook", "assign", "fit_codebook", "fit_integer_codebook"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ def fit_codebook(
     tensor([ 0.0000,  2.5000,  5.0000,  7.5000, 10.0000])
     """
     check_request(n_clusters, init, max_iter, preserve_sparsity)
-    data = _as_tensor(values)
+    data = as_tensor(values)
     ordered, weights = sort_values(data, importance)
     rng = np.random.default_rng(seed)
     if preserve_sparsity:
@@ -70,58 +70,6 @@ def fit_codebook(
         indices=assign(data, centroids.to(data.device)),
         inertia=moments.inertia(nearest_bounds(moments, rounded), rounded),
     )
-
-
-def check_request(n_clusters: int, init: str, max_iter: int, preserve_sparsity: bool) -> None:
-    """Refuse what no fit can serve, naming the argument and what was given."""
-    if isinstance(n_clusters, bool):
-        raise TypeError(f"n_clusters must be an int, got {n_clusters!r} (bool)")
-    try:
-        operator.index(n_clusters)
-    except TypeError:
-        kind = type(n_clusters).__name__
-        raise TypeError(f"n_clusters must be an int, got {n_clusters!r} ({kind})") from None
-    least = 3 if preserve_sparsity else 2
-    if n_clusters < least or n_clusters > MAX_CLUSTERS:
-        why = " with preserve_sparsity, which takes one for 0" if preserve_sparsity else ""
-        raise ValueError(f"n_clusters must be in {least}..{MAX_CLUSTERS}{why}, got {n_clusters}")
-    if init not in INITS:
-        raise ValueError(f"unknown init {init!r}: use one of {', '.join(map(repr, INITS))}")
-    if max_iter < 0:
-        raise ValueError(f"max_iter must be at least 0, got {max_iter}")
-
-
-def _as_tensor(values: Tensor | npt.ArrayLike) -> Tensor:
-    data = values.detach() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
-    return data if data.is_floating_point() else data.to(torch.float64)
-
-
-def sort_values(data: Tensor, importance: Any) -> tuple[Floats, Floats | None]:
-    """Ascending float32 (float64 stays) copies of the values and their importances."""
-    if data.numel() == 0:
-        raise ValueError(f"values is empty (shape {tuple(data.shape)}): nothing to cluster")
-    wide = data if data.dtype == torch.float64 else data.to(torch.float32)
-    flat = wide.reshape(-1).cpu().numpy()
-    if importance is None:
-        ordered, weights = np.sort(flat), None
-    else:
-        weight = _as_tensor(importance).to(torch.float64)
-        if weight.shape != data.shape:
-            given, wanted = tuple(weight.shape), tuple(data.shape)
-            raise ValueError(f"importance has shape {given}, values has {wanted}: they must agree")
-        weights = weight.reshape(-1).cpu().numpy()
-        if not (weights >= 0).all() or not np.isfinite(weights).all():
-            raise ValueError("importance must be finite and at least 0")
-        order = np.argsort(flat)
-        ordered, weights = flat[order], weights[order]
-        if weights.any():
-            ordered, weights = ordered[weights > 0], weights[weights > 0]
-        else:
-            weights = None
-    if not (np.isfinite(ordered[0]) and np.isfinite(ordered[-1])):
-        bad = int((~torch.isfinite(data)).sum())
-        raise ValueError(f"values has {bad} NaN or infinite of {data.numel()} elements")
-    return ordered, weights
 
 
 def _fit_side(
@@ -181,23 +129,3 @@ def _fit_around_zero(
         else:
             sides.append(np.empty(0))
     return np.concatenate([-sides[0][::-1], [0.0], sides[1]])
-
-
-def assign(values: Tensor, centroids: Tensor) -> Tensor:
-    """Index of the nearest centroid for every value; a value midway goes to the lower one.
-
-    Args:
-        values: any shape and device.
-        centroids: `(k,)` ascending, on the same device.
-
-    Returns:
-        Indices in the shape of `values`: uint8 for up to 256 centroids, else int32.
-    """
-    dtype = torch.promote_types(values.dtype, centroids.dtype)
-    if dtype in (torch.float16, torch.bfloat16):
-        dtype = torch.float32
-    low, high = centroids[:-1].to(dtype), centroids[1:].to(dtype)
-    middle = low / 2 + high / 2
-    middle = torch.where(middle < high, middle, low)
-    found = torch.bucketize(values.to(dtype), middle, out_int32=True)
-    return found.to(torch.uint8) if len(centroids) <= 256 else found

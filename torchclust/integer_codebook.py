@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchclust.codebook import assign, check_request
+from torchclust.arguments import check_request
 from torchclust.moments import Float64s, Ints
+from torchclust.nearest import assign
 
 
 @dataclass(frozen=True, eq=False)
