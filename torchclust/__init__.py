@@ -1,1 +1,35 @@
-"""Weight clustering for PyTorch, from a trained model to the compressed int8 file."""
+"""Weight clustering for PyTorch, from a trained model to the compressed int8 file.
+
+Everything a user calls is a name of this package; the heavy parts (`torchclust.lightning`,
+`torchclust.export`) are imported when they are used.
+"""
+
+from torchclust.codebook import Codebook, fit_codebook
+from torchclust.config import ClusterConfig
+from torchclust.model import (
+    Clustering,
+    cluster_,
+    is_clustered,
+    named_clusterings,
+    refit_,
+    restore_,
+    strip_,
+)
+from torchclust.report import Summary, summary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClusterConfig",
+    "Clustering",
+    "Codebook",
+    "Summary",
+    "cluster_",
+    "fit_codebook",
+    "is_clustered",
+    "named_clusterings",
+    "refit_",
+    "restore_",
+    "strip_",
+    "summary",
+]

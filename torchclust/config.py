@@ -185,7 +185,7 @@ def resolve_rules(
         matches = [i for i, c in enumerate(candidates) if _matches(pattern, c)]
         if not matches:
             _complain(_matches_nothing(pattern, candidates), strict)
-        usual = [i for i in matches if not (candidates[i].skip or candidates[i].refuse)]
+        usual = [i for i in matches if candidates[i].skip is None]
         for i in matches:
             named = pattern in candidates[i].names or (not usual and pattern != "*")
             if named or i in usual or config is None:
@@ -205,19 +205,16 @@ def _decide(
     config, named = choice
     if config is None:
         return Decision(None, "a rule leaves it alone")
-    reason = candidate.refuse
-    if reason is None and candidate.n_elements <= config.n_clusters:
-        reason = "a tensor needs more elements than clusters"
-    if reason is None:
+    too_small = candidate.n_elements <= config.n_clusters
+    reason = candidate.refuse or ("a tensor needs more elements than clusters" * too_small)
+    if not reason:
         return Decision(config, None)
-    if named:
+    if named or candidate.refuse:
         _complain(_cannot_cluster(candidate, config, reason), strict)
     return Decision(None, reason)
 
 
-def _as_mapping(
-    rules: Rules, options: Mapping[str, Any]
-) -> dict[str, ClusterConfig | None]:
+def _as_mapping(rules: Rules, options: Mapping[str, Any]) -> dict[str, ClusterConfig | None]:
     """Any form of ``rules`` as {pattern: config}; every config is validated here."""
     _check_fields(options, "cluster_(model, ..., {})")
     if isinstance(rules, ClusterConfig):
@@ -297,8 +294,8 @@ def _cannot_cluster(candidate: Candidate, config: ClusterConfig, reason: str) ->
     return (
         f"cannot cluster {candidate.name!r} ({candidate.kind}, {candidate.n_elements} elements) "
         f"into {config.n_clusters} clusters: {reason}.\n"
-        f"{lower} it out:  cluster_(model, {{\"*\": {config.n_clusters}, "
-        f"\"{candidate.name}\": None}})"
+        f'{lower} it out:  cluster_(model, {{"*": {config.n_clusters}, '
+        f'"{candidate.name}": None}})'
     )
 
 

@@ -85,7 +85,7 @@ class _Lookup(torch.autograd.Function):
         ctx.shape = table.shape
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         (indices,) = ctx.saved_tensors
         return _GroupedSum.apply(grad, indices, ctx.shape), None
 
@@ -98,13 +98,11 @@ class _GroupedSum(torch.autograd.Function):
         return grouped_sum(values, indices, shape)
 
     @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor, torch.Size], output: Tensor
-    ) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, torch.Size], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (indices,) = ctx.saved_tensors
         return _Lookup.apply(grad, indices), None, None
 
@@ -117,18 +115,14 @@ class _LookupThrough(torch.autograd.Function):
         return _gather(table, indices)
 
     @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor
-    ) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         table, indices, _ = inputs
         ctx.save_for_backward(indices)
         ctx.shape = table.shape
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, None, Tensor | None]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         (indices,) = ctx.saved_tensors
         for_table = grouped_sum(grad, indices, ctx.shape) if ctx.needs_input_grad[0] else None
         return for_table, None, grad if ctx.needs_input_grad[2] else None

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchclust.codebook import Codebook, fit_codebook, fit_integer_codebook
+from torchclust.codebook import Codebook, fit_codebook
 from torchclust.config import ClusterConfig
+from torchclust.integer_codebook import fit_integer_codebook
 from torchclust.lookup import grouped_sum, lookup
 
 _PARAMETERS = ("centroids", "relative_scale")
@@ -51,12 +52,13 @@ class ClusteredWeight(nn.Module):
         super().__init__()
         self.config = config
         self.channel_dim = channel_dim
+        self.shape = tensors["indices" if config.assignment == "fixed" else "original"].shape
         self.first_original: Tensor | None = tensors["original"]
         self._cached: _Cached | None = None
         for name, tensor in tensors.items():
             if name in _PARAMETERS:
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad))
-            elif name not in ("original", "config"):
+            elif name not in ("original", "config_json"):
                 self.register_buffer(name, tensor)
         self.register_buffer("config_json", _as_bytes(config).to(tensors["original"].device))
 
@@ -72,7 +74,7 @@ class ClusteredWeight(nn.Module):
         return self._cached.value
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Assigning to ``module.weight`` fits the codebook anew; registering keeps the first fit."""
+        """Assigning to ``module.weight`` fits anew; registering keeps the first fit."""
         if self.first_original is not None:
             return self.first_original
         fitted = fit_weight(weight, self.config, channel_dim=self.channel_dim)
@@ -162,8 +164,8 @@ class FloatClusteredWeight(ClusteredWeight):
     def _table(self, codebook: Tensor) -> Tensor:
         if self.config.granularity != "group":
             return codebook
-        n_channels = self._n_channels()
-        return codebook.repeat_interleave(self.config.group_size or 1, 0)[:n_channels]
+        by_channel = codebook.repeat_interleave(self.config.group_size or 1, 0)
+        return by_channel[: self.shape[self.channel_dim]]
 
     def _nearest(self, rows: Tensor, codebook: Tensor) -> Tensor:
         table = _at_least_float32(self._table(codebook))
@@ -173,7 +175,7 @@ class FloatClusteredWeight(ClusteredWeight):
     def _index_of_zero(self, codebook: Tensor) -> Tensor:
         table = self._table(codebook)
         position = torch.searchsorted(table, table.new_zeros(*table.shape[:-1], 1)).byte()
-        return position if table.dim() == 1 else position.view(-1, *[1] * (self._n_dims() - 1))
+        return position if table.dim() == 1 else position.view(-1, *[1] * (len(self.shape) - 1))
 
     def _fold(self, counts: Tensor) -> Tensor:
         if self.config.granularity != "group":
@@ -181,15 +183,6 @@ class FloatClusteredWeight(ClusteredWeight):
         size = self.config.group_size or 1
         padded = nn.functional.pad(counts, (0, 0, 0, -len(counts) % size))
         return padded.view(-1, size, counts.shape[1]).sum(1)
-
-    def _n_channels(self) -> int:
-        return self._weight_shape()[self.channel_dim]
-
-    def _n_dims(self) -> int:
-        return len(self._weight_shape())
-
-    def _weight_shape(self) -> torch.Size:
-        return self._tensor("indices" if self.config.assignment == "fixed" else "shape_of").shape
 
 
 class IntegerClusteredWeight(ClusteredWeight):
@@ -204,7 +197,8 @@ class IntegerClusteredWeight(ClusteredWeight):
     def codes(self, original: Tensor) -> Tensor:
         """The int8 codebook, ascending."""
         with torch.no_grad():
-            return _mirrored(self._codebook(self.trained(original))).unique().to(torch.int8)
+            codes: Tensor = _mirrored(self._codebook(self.trained(original))).unique()
+            return codes.to(torch.int8)
 
     def scale(self) -> Tensor:
         """The positive scale of every output channel, ``(channels,)``."""
@@ -264,6 +258,7 @@ def fit_weight(
     Returns:
         The tensors of a `ClusteredWeight` by name. ``original`` is what the parametrization
         registers: the codebook with ``"fixed"``, the weight itself with ``"nearest"``.
+        ``fit_error`` is ``||weight - clustered|| / ||weight||`` as fitted, a float32 scalar.
     """
     rows = weight.detach().transpose(0, channel_dim)
     weights = None if importance is None else importance.detach().transpose(0, channel_dim)
@@ -271,10 +266,14 @@ def fit_weight(
     trained, indices, tensors = fit(rows, config, weights, seed)
     if config.assignment == "fixed":
         tensors |= {"original": trained, "indices": indices.transpose(0, channel_dim).contiguous()}
-        return tensors
-    if config.preserve_sparsity:
-        tensors["sparsity_mask"] = weight.detach() == 0
-    return tensors | {"original": weight.detach().clone(), "centroids": trained}
+    else:
+        tensors |= {"original": weight.detach().clone(), "centroids": trained}
+        if config.preserve_sparsity:
+            tensors["sparsity_mask"] = weight.detach() == 0
+    with torch.no_grad():
+        fitted = make_clustered_weight(config, tensors, channel_dim=channel_dim)
+        clustered = fitted._evaluate(tensors["original"])
+    return tensors | {"fit_error": _relative_error(weight.detach(), clustered)}
 
 
 def _fit_float(
@@ -343,6 +342,13 @@ def _search(rows: Tensor, midpoints: Tensor) -> Tensor:
         return torch.bucketize(rows, midpoints, out_int32=True).byte()
     found = torch.searchsorted(midpoints.contiguous(), rows.flatten(1).contiguous(), out_int32=True)
     return found.byte().view(rows.shape)
+
+
+def _relative_error(weight: Tensor, clustered: Tensor) -> Tensor:
+    largest = weight.abs().max().clamp_min(torch.finfo(weight.dtype).tiny)  # squares overflow
+    norm = torch.linalg.vector_norm(weight / largest, dtype=torch.float64)
+    error = torch.linalg.vector_norm(clustered / largest - weight / largest, dtype=torch.float64)
+    return (error / norm.clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
 def _scale_gradient(tensor: Tensor, factor: Tensor) -> Tensor:
