@@ -1,0 +1,98 @@
+"""The packages behind export: imported on first use, kept quiet, and one clear error without them.
+
+LiteRT, its quantizer and their dependencies take seconds to import and write their own news to the
+terminal (oneDNN, XNNPACK, absl, torchao). A user of `to_tflite` asked for none of it; when
+something fails, what they wrote is in the error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+INSTALL = "pip install torchclust[export]"
+
+# The quantizer was renamed; the API is the same, so the first that imports is used.
+_QUANTIZERS = ("ai_edge_quantizer", "litert_quantizer")
+
+
+class ExportError(RuntimeError):
+    """A model that cannot be exported as asked; the message names the layer and the remedy."""
+
+
+def litert_torch() -> Any:
+    """The converter from torch to LiteRT, with its progress lines off."""
+    module = _load("litert_torch")
+    module.config.show_progress = False
+    return module
+
+
+def quantizer() -> tuple[Any, Any]:
+    """The quantizer's `quantizer` and `recipe` modules, under either of the package's names."""
+    for name in _QUANTIZERS:
+        try:
+            package: Any = _load(name)
+        except ImportError:
+            if name == _QUANTIZERS[-1]:
+                raise
+            continue
+        break
+    return _load(f"{package.__name__}.quantizer"), _load(f"{package.__name__}.recipe")
+
+
+def interpreter() -> Any:
+    """LiteRT's `Interpreter` and `OpResolverType`."""
+    return _load("ai_edge_litert.interpreter")
+
+
+def schema() -> Any:
+    """The TFLite flatbuffer's generated classes."""
+    return _load("ai_edge_litert.schema_py_generated")
+
+
+def _load(name: str) -> ModuleType:
+    if name in sys.modules:
+        return sys.modules[name]
+    try:
+        with quietly():
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"exporting needs the package {error.name!r}, which is not installed:  {INSTALL}",
+            name=error.name,
+        ) from error
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keep third-party code off the terminal; if it raises, print what it had to say.
+
+    Covers Python warnings, logging and the process's stderr (file descriptor 2, where C++ code
+    writes). Not for code that prompts, nor for our own messages.
+    """
+    level = logging.root.manager.disable
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as captured, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        stderr = os.dup(2)
+        os.dup2(captured.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(stderr, 2)
+            captured.seek(0)
+            os.write(2, captured.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            logging.disable(level)

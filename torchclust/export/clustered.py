@@ -1,0 +1,130 @@
+"""Clustered parameters on both ends: their codes in the model, their place in the file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from torchclust.export.backends import ExportError
+from torchclust.export.codes import (
+    LARGEST,
+    Array,
+    Matched,
+    Trained,
+    match,
+    most_codes,
+    quantize_codebook,
+    recover,
+)
+from torchclust.export.graph import Graph, Weight
+from torchclust.export.layout import Prepared
+from torchclust.model import Clustering, named_clusterings
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A clustered parameter and the weight of the file that the converter made of it."""
+
+    weight: Weight
+    matched: Matched
+
+
+def trained_codes(model: nn.Module, prepared: Prepared) -> list[Trained]:
+    """What every clustered parameter's codes are, in the converted module's column order.
+
+    Clusterings are asked where the model has them; a model without any was stripped, or never
+    clustered, and its values tell which.
+    """
+    plain = dict(prepared.original.named_parameters())
+    axes = {name: _channel_axis(prepared.original, name) for name in plain}
+    found: list[Trained | None] = [
+        _from_clustering(name, clustering, plain[name].numpy(), axes[name])
+        for name, clustering in named_clusterings(model)
+    ]
+    if not found:
+        found = [recover(name, p.numpy(), axes[name]) for name, p in plain.items() if p.ndim > 1]
+    return [_with_columns(t, prepared.columns.get(t.name)) for t in found if t is not None]
+
+
+def find_clustered(graph: Graph, trained: Sequence[Trained], used: frozenset[str]) -> list[Placed]:
+    """Find every clustered parameter among the file's weights, by value.
+
+    Args:
+        graph: the float file.
+        trained: the clustered parameters.
+        used: names of the parameters that the model's graph reads; others need not be found.
+
+    Raises:
+        ExportError: a parameter that the model uses is in no weight of the file, or would have
+            more codes than clusters there.
+    """
+    found: list[Placed] = []
+    for weight in graph.weights():
+        unclaimed_first = sorted(trained, key=lambda t: _is_placed(found, t))
+        matches = (match(weight.matrix, t) for t in unclaimed_first)
+        matched = next((m for m in matches if m is not None), None)
+        if matched is not None:
+            _check_count(matched)
+            found.append(Placed(weight, matched))
+    for t in trained:
+        if t.name in used and not _is_placed(found, t):
+            raise ExportError(
+                f"no weight of the converted file is {t.name!r} {t.weight.shape} up to a factor "
+                f"per channel, so its codes cannot be kept.\n"
+                f'Leave it out:  cluster_(model, {{"*": {t.n_clusters}, "{t.name}": None}})'
+            )
+    return found
+
+
+def _from_clustering(name: str, clustering: Clustering, weight: Array, axis: int) -> Trained:
+    config, scale = clustering.config, clustering.scale
+    groups = np.zeros(weight.shape[axis], np.int64)
+    if config.granularity != "tensor":
+        groups = np.arange(len(groups)) // (config.group_size or 1)
+    if scale is None:
+        codes = quantize_codebook(weight, groups, axis)
+    else:
+        # The scale is the weight's own, so the quotient is the code but for one rounding.
+        by_channel = scale.detach().cpu().double().numpy()
+        by_channel = by_channel.reshape([-1 if d == axis else 1 for d in range(weight.ndim)])
+        codes = np.rint(weight / np.where(by_channel > 0, by_channel, 1))
+        codes = np.clip(codes, -LARGEST, LARGEST).astype(np.int8)
+    symmetric = scale is not None
+    return Trained(name, weight, codes, groups, clustering.n_clusters, symmetric, axis)
+
+
+def _channel_axis(model: nn.Module, name: str) -> int:
+    return int(isinstance(model.get_submodule(name.rpartition(".")[0]), _TRANSPOSED))
+
+
+def _with_columns(trained: Trained, columns: Tensor | None) -> Trained:
+    if columns is None:
+        return trained
+    order = columns.numpy()
+    return dataclasses.replace(
+        trained, weight=trained.weight[:, order], codes=trained.codes[:, order]
+    )
+
+
+def _is_placed(found: Sequence[Placed], trained: Trained) -> bool:
+    return any(placed.matched.trained is trained for placed in found)
+
+
+def _check_count(matched: Matched) -> None:
+    trained = matched.trained
+    count = most_codes(matched.codes, matched.groups)
+    if count <= trained.n_clusters:
+        return
+    raise ExportError(
+        f"{trained.name!r} would have {count} codes for {trained.n_clusters} clusters: BatchNorm "
+        f"(or another factor that is folded into it) is negative for {matched.negative} of its "
+        f"{len(matched.codes)} channels, which mirrors their codes.\n"
+        f"An int8 codebook is symmetric and immune:  "
+        f'cluster_(model, {trained.n_clusters}, codebook_dtype="int8")'
+    )

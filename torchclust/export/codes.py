@@ -1,0 +1,265 @@
+"""Which int8 code each clustered weight has, from the weights' values alone. Pure numpy.
+
+A clustered tensor is written in one of two ways, and both can be told from the numbers, so a model
+that was stripped, saved and loaded again exports as well as one that is still clustered:
+
+- float codebook: at most 256 values, shared by the tensor (or by a channel, or a group of them);
+- int8 codebook: every output channel is a scale times small integers.
+
+The codes are what the file will hold up to a channel's sign. `match` then finds the tensor that the
+converter made of a parameter: row by row it is a multiple of it (a folded BatchNorm, x 1/6, ...).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+
+LARGEST = 127
+_MOST_VALUES = 256
+# float32 products carry a relative error of 2**-24, so code ratios are off by at most 2e-5.
+_INTEGER_TOLERANCE = 1e-4
+# Folded by the converter in float32: a few roundings.
+_MATCH_TOLERANCE = 1e-4
+_DENORMAL = 1e-37  # below it a folded row keeps too few bits to be compared
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """One clustered parameter as it must come out of the exporter.
+
+    ``codes``: int8, the parameter's shape. ``groups``: int64, which codebook each output channel
+    uses, of shape (output channels,); all 0 where one codebook serves the tensor. ``n_clusters``:
+    most codes per codebook. ``symmetric``: the codebook equals its mirror image (int8 codebooks).
+    ``channel_axis``: the parameter's axis of output channels.
+    """
+
+    name: str
+    weight: Array
+    codes: Array
+    groups: Array
+    n_clusters: int
+    symmetric: bool
+    channel_axis: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """A parameter found in the file.
+
+    ``codes``: int8 (rows, columns) in the file's layout, as they will stand in it: mirrored where
+    the folded factor is negative. ``scales``: float64 (rows,), the least-squares scale of each row,
+    0 where BatchNorm wiped the row out. ``groups``: which codebook each row uses. ``negative``: how
+    many rows are mirrored.
+    """
+
+    trained: Trained
+    codes: Array
+    scales: Array
+    groups: Array
+    negative: int
+
+
+def quantize_codebook(values: Array, groups: Array, channel_axis: int = 0) -> Array:
+    """Codes of float-codebook weights: each codebook's largest magnitude becomes 127.
+
+    The codebook is rounded once, so equal weights keep equal codes. ``values``: float, any shape;
+    ``groups``: (output channels,). Returns int8 of the shape of ``values``.
+    """
+    rows = np.moveaxis(np.asarray(values, np.float64), channel_axis, 0)
+    peak = np.abs(rows.reshape(len(rows), -1)).max(axis=1, initial=0.0)
+    largest = np.zeros(int(groups.max(initial=0)) + 1)
+    np.maximum.at(largest, groups, peak)
+    unit = np.where(largest > 0, largest, 1.0)[groups] / LARGEST
+    codes = np.rint(rows / unit.reshape(-1, *[1] * (rows.ndim - 1)))
+    return np.moveaxis(codes, 0, channel_axis).astype(np.int8)
+
+
+def recover(name: str, weight: Array, channel_axis: int = 0) -> Trained | None:
+    """Read a stripped parameter's codes off its values; None if it was not clustered.
+
+    Where both readings hold (a small int8 layer has few float values too), the one with fewer
+    codes is taken. A chance hit on an unclustered tensor is harmless: its codes then represent
+    it better than rounding would.
+    """
+    rows = np.moveaxis(np.asarray(weight), channel_axis, 0)
+    rows = rows.reshape(len(rows), -1)
+    if weight.ndim < 2 or not np.isfinite(weight).all():
+        return None
+    one = np.zeros(len(rows), np.int64)
+    values = _few_values(rows)
+    codes = recover_int8(rows)
+    found: tuple[Array, int, bool] | None = None
+    if codes is not None:
+        count = _symmetric_size(codes)
+        if (values is None or count <= values) and (count <= rows.size // 2 or count <= 3):
+            shaped = codes.reshape(np.moveaxis(weight, channel_axis, 0).shape)
+            found = (np.moveaxis(shaped, 0, channel_axis), count, True)
+    if found is None and values is not None:
+        found = (quantize_codebook(weight, one, channel_axis), values, False)
+    if found is not None:
+        return Trained(name, weight, found[0], one, found[1], found[2], channel_axis)
+    per_row = 0
+    for row in rows:
+        values = _few_values(row)
+        if values is None:
+            return None
+        per_row = max(per_row, values)
+    groups = np.arange(len(rows))
+    codes = quantize_codebook(weight, groups, channel_axis)
+    return Trained(name, weight, codes, groups, per_row, False, channel_axis)
+
+
+def recover_int8(rows: Array) -> Array | None:
+    """Integers in [-127, 127] that each row is a multiple of, or None; (channels, n) like ``rows``.
+
+    A row gives its integers only up to a common factor; of all choices the one is wanted whose
+    union over the rows is smallest. Rows with most distinct codes leave least choice and go first.
+    """
+    bases = []
+    for row in rows:
+        base = _integers(row)
+        if base is None:
+            return None
+        bases.append(base)
+    masks = [_mask(base) for base in bases]
+    order = sorted(set(masks) - {0}, key=lambda m: (m.bit_count(), m.bit_length()), reverse=True)
+    if not order:
+        return np.zeros(rows.shape, np.int8)
+    factor = min(
+        (_choose(order, start) for start in _multiples(order[0])), key=lambda choice: choice[1]
+    )[0]
+    return np.stack([b * factor.get(m, 1) for b, m in zip(bases, masks, strict=True)]).astype(
+        np.int8
+    )
+
+
+def match(matrix: Array, trained: Trained) -> Matched | None:
+    """Try to see ``matrix``, a weight of the file as (channels, n), as a multiple of a parameter.
+
+    Every row must be one number times the parameter's row, in one of the layouts that converters
+    use. Returns None where it is not.
+    """
+    for weight, codes, groups in _layouts(trained, matrix.shape):
+        factors = _row_factors(matrix, weight)
+        if factors is None:
+            continue
+        mirrored = np.where(factors[:, None] < 0, -codes, codes)
+        wide = mirrored.astype(np.float64)
+        norm = np.einsum("ij,ij->i", wide, wide)
+        scales = np.einsum("ij,ij->i", matrix, wide, dtype=np.float64) / np.where(norm, norm, 1)
+        return Matched(trained, mirrored, scales, groups, int((factors < 0).sum()))
+    return None
+
+
+def most_codes(codes: Array, groups: Array) -> int:
+    """The largest number of distinct codes that one codebook of (rows, n) codes has."""
+    return max(len(np.unique(codes[groups == g])) for g in np.unique(groups))
+
+
+def _few_values(rows: Array) -> int | None:
+    """How many distinct values, if at most 256 and clearly fewer than elements."""
+    sample = np.unique(rows.reshape(-1)[: 4 * _MOST_VALUES])
+    if len(sample) > _MOST_VALUES:
+        return None
+    count = len(np.unique(rows))
+    return count if count <= _MOST_VALUES and count <= max(1, rows.size // 2) else None
+
+
+def _integers(row: Array) -> Array | None:
+    """The smallest integers in [-127, 127] proportional to the row, or None."""
+    distinct, inverse = np.unique(row, return_inverse=True)
+    if len(distinct) > 2 * LARGEST + 1:
+        return None
+    distinct = distinct.astype(np.float64)
+    peak = np.abs(distinct).max(initial=0.0)
+    if peak == 0:
+        return np.zeros(len(row), np.int64)
+    scaled = np.arange(1, LARGEST + 1)[:, None] * (distinct / peak)
+    good = np.abs(scaled - np.rint(scaled)).max(axis=1) < _INTEGER_TOLERANCE
+    if not good.any():
+        return None
+    integers: Array = np.rint(scaled[good.argmax()]).astype(np.int64)[inverse]
+    return integers
+
+
+def _mask(base: Array) -> int:
+    """The set of non-zero magnitudes as bits, bit m for magnitude m."""
+    return sum(1 << int(m) for m in np.unique(np.abs(base)) if m)
+
+
+def _multiples(mask: int) -> list[int]:
+    return list(range(1, LARGEST // (mask.bit_length() - 1) + 1))
+
+
+def _scaled(mask: int, factor: int) -> int:
+    if factor == 1:
+        return mask
+    bits = (m for m in range(1, LARGEST + 1) if mask >> m & 1)
+    return sum(1 << m * factor for m in bits)
+
+
+def _choose(order: Sequence[int], start: int) -> tuple[dict[int, int], int]:
+    """Factors for every mask, greedily, given the first one's; and the size of the union."""
+    union = _scaled(order[0], start)
+    factors = {order[0]: start}
+    for mask in order[1:]:
+        options = ((_scaled(mask, f), f) for f in _multiples(mask))
+        scaled, factor = min(options, key=lambda option: (option[0] & ~union).bit_count())
+        union |= scaled
+        factors[mask] = factor
+    return factors, union.bit_count()
+
+
+def _symmetric_size(codes: Array) -> int:
+    magnitudes = np.unique(np.abs(codes.astype(np.int64)))
+    return 2 * int((magnitudes > 0).sum()) + 1
+
+
+def _layouts(trained: Trained, shape: tuple[int, ...]) -> Iterator[tuple[Array, Array, Array]]:
+    """Weight, codes and groups as (channels, n) matrices of ``shape``, in every layout it fits.
+
+    Convolutions go to (O, spatial, I), transposed ones from (I, O, spatial) with the kernel as it
+    is or turned over; a grouped convolution may be cut into blocks of output channels.
+    """
+    rank = trained.weight.ndim
+    orders = [(0, *range(2, rank), 1), (1, *range(2, rank), 0)]
+    flips: list[tuple[slice, ...]] = [()]
+    if rank > 2:
+        flips.append((slice(None), *[slice(None, None, -1)] * (rank - 2)))
+    for order, flip in itertools.product(orders, flips):
+        weight = trained.weight.transpose(order)[flip]
+        codes = trained.codes.transpose(order)[flip]
+        per_row = order[0] == trained.channel_axis
+        rows = len(weight)
+        if rows % shape[0] or weight.size != rows // shape[0] * shape[0] * shape[1]:
+            continue
+        groups = trained.groups if per_row else np.zeros(rows, np.int64)
+        for first in range(0, rows, shape[0]):
+            block = slice(first, first + shape[0])
+            yield (
+                weight[block].reshape(shape),
+                codes[block].reshape(shape),
+                groups[block],
+            )
+
+
+def _row_factors(matrix: Array, weight: Array) -> Array | None:
+    """The number that each row of ``weight`` was multiplied by, or None if it was not that."""
+    first = slice(0, 1)
+    factors: Array | None = None
+    for part in (first, slice(None)):  # one row rejects nearly everything
+        left, right = np.asarray(matrix[part], np.float64), np.asarray(weight[part], np.float64)
+        norm = np.einsum("ij,ij->i", right, right)
+        factors = np.einsum("ij,ij->i", left, right) / np.where(norm > 0, norm, 1)
+        tolerance = _MATCH_TOLERANCE * np.abs(left).max(axis=1, initial=0.0) + _DENORMAL
+        if (np.abs(left - factors[:, None] * right).max(axis=1) > tolerance).any():
+            return None
+    return factors

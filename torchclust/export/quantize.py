@@ -1,0 +1,103 @@
+"""From the float file to int8: the quantizer does the work, the weights' scales are ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from torchclust.export import backends
+from torchclust.export.backends import ExportError
+from torchclust.export.calibration import Range
+from torchclust.export.clustered import Placed
+from torchclust.export.codes import LARGEST
+from torchclust.export.graph import Array, Graph, Operator
+
+# Biases are int32 in units of input scale x weight scale, and the accumulator shares the range.
+_BIAS_LIMIT = 2.0**30
+# The quantizer takes no smaller one (its bound on a range is 1e-9).
+_LEAST_SCALE = 1e-11
+_TABLES = ("EMBEDDING_LOOKUP", "GATHER")
+
+
+def quantize(
+    content: bytearray, graph: Graph, placed: Sequence[Placed], observed: Mapping[str, Range]
+) -> bytes:
+    """Quantize a float file: int8 weights per channel, int8 activations, int8 in and out.
+
+    Args:
+        content: the float file; clustered weights are overwritten by exact multiples of their
+            scales, so ``graph`` must have been read from this very object.
+        graph: the file, parsed.
+        placed: its clustered weights.
+        observed: activation ranges by tensor name.
+    """
+    scales = _set_weights(graph, placed, observed)
+    ranges = {
+        tensor.name: {
+            "min": np.full((1,) * len(tensor.shape), observed[tensor.name][0], np.float32),
+            "max": np.full((1,) * len(tensor.shape), observed[tensor.name][1], np.float32),
+        }
+        for tensor in graph.tensors
+        if tensor.name in observed
+    }
+    for weight in graph.weights():
+        scale = scales.get(weight.tensor.index)
+        if scale is not None:
+            bound = weight.by_channel(LARGEST * scale)
+            ranges[weight.tensor.name] = {"min": -bound, "max": bound}
+    quantizer, recipe = backends.quantizer()
+    try:
+        with backends.quietly():
+            work = quantizer.Quantizer(bytes(content), recipe.static_wi8_ai8())
+            result = work.quantize(ranges, enable_progress_report=False)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(f"the quantizer cannot quantize this model: {reason}") from error
+    return bytes(result.quantized_model)
+
+
+def _set_weights(
+    graph: Graph, placed: Sequence[Placed], observed: Mapping[str, Range]
+) -> dict[int, Array]:
+    """Choose every weight's scales and write clustered weights as exact multiples of them.
+
+    Returns ``{tensor index: (channels,) float32}``. A channel that BatchNorm shrank to next to
+    nothing gets a scale under which its bias still fits into 32 bits; its codes stay.
+    """
+    clustered = {p.weight.tensor.index: p.matched for p in placed}
+    scales = {}
+    for weight in graph.weights():
+        if weight.tensor.dtype != "float32" or weight.operator.name in _TABLES:
+            continue
+        matched = clustered.get(weight.tensor.index)
+        own = np.abs(weight.matrix).max(axis=1) / LARGEST if matched is None else matched.scales
+        users = graph.users(weight.tensor)
+        least = np.max([_least_scale(graph, operator, observed) for operator in users], axis=0)
+        scale = np.maximum(own, least).astype(np.float32)
+        scales[weight.tensor.index] = scale
+        if matched is not None:
+            weight.write(scale[:, None] * matched.codes)
+    return scales
+
+
+def _least_scale(graph: Graph, operator: Operator, observed: Mapping[str, Range]) -> Array:
+    """The smallest scale per channel that keeps bias and rescaling inside 32 bits.
+
+    The bias is stored in units of input scale x weight scale, and the result is rescaled by
+    input scale x weight scale / output scale; a scale far below both overflows the one and
+    underflows the other, and what such a channel adds to its bias is far below one step anyway.
+    """
+    step_in = _step(observed.get(graph.activation(operator).name))
+    step_out = _step(observed.get(graph.tensors[operator.outputs[0]].name))
+    bias = graph.bias(operator)
+    largest = np.abs(bias.data) if bias is not None and bias.data is not None else np.zeros(1)
+    least = np.maximum(largest, step_out) / (step_in * _BIAS_LIMIT) if step_in else 0.0
+    return np.maximum(least, _LEAST_SCALE)
+
+
+def _step(observed: Range | None) -> float:
+    """The int8 step of an activation; its range always includes 0."""
+    if observed is None:
+        return 0.0
+    return (max(observed[1], 0.0) - min(observed[0], 0.0)) / 255

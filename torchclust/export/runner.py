@@ -1,0 +1,74 @@
+"""Running a .tflite file on torch tensors, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from torchclust.export import backends
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+class Runner:
+    """One .tflite file, ready to run sample by sample.
+
+    Args:
+        content: the file.
+        keep_all: keep every intermediate tensor for `tensor`.
+        reference: LiteRT's reference kernels, which tflite-micro equals to the bit; else the fast
+            ones.
+    """
+
+    def __init__(self, content: bytes, *, keep_all: bool = False, reference: bool = True) -> None:
+        litert = backends.interpreter()
+        resolver = litert.OpResolverType
+        with backends.quietly():
+            self._interpreter = litert.Interpreter(
+                model_content=content,
+                num_threads=torch.get_num_threads(),
+                experimental_op_resolver_type=(
+                    resolver.BUILTIN_REF
+                    if reference
+                    else resolver.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+                ),
+                experimental_preserve_all_tensors=keep_all,
+            )
+            self._interpreter.allocate_tensors()
+        self._inputs = self._interpreter.get_input_details()
+        self._outputs = self._interpreter.get_output_details()
+
+    def __call__(self, sample: Sequence[Tensor]) -> list[Array]:
+        """Run one sample in float; quantized inputs and outputs are converted on the way."""
+        for detail, x in zip(self._inputs, sample, strict=True):
+            self._interpreter.set_tensor(detail["index"], _quantized(x.numpy(), detail))
+        self._interpreter.invoke()
+        return [_dequantized(self._interpreter.get_tensor(d["index"]), d) for d in self._outputs]
+
+    def tensor(self, index: int) -> Array:
+        """The tensor of that index after a run, with ``keep_all``."""
+        values: Array = self._interpreter.get_tensor(index)
+        return values
+
+
+def _quantized(x: Array, detail: Mapping[str, Any]) -> Array:
+    dtype = detail["dtype"]
+    scale, zero_point = detail["quantization"]
+    if scale == 0:
+        return x.astype(dtype)
+    info = np.iinfo(dtype)
+    codes: Array = np.clip(np.rint(x / scale) + zero_point, info.min, info.max).astype(dtype)
+    return codes
+
+
+def _dequantized(y: Array, detail: Mapping[str, Any]) -> Array:
+    scale, zero_point = detail["quantization"]
+    if scale == 0:
+        return y.astype(np.float32)
+    values: Array = ((y.astype(np.float32) - zero_point) * scale).astype(np.float32)
+    return values

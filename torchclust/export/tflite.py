@@ -1,0 +1,224 @@
+"""Writing a clustered model as a full-int8 TFLite file whose weights keep their codes.
+
+The route: a stripped float32 copy, channels last (`layout`); litert-torch makes a float file of it,
+BatchNorm folded; every clustered parameter is found again in it by value (`clustered`, `codes`);
+the quantizer is told each weight's scale instead of guessing it from minimum and maximum
+(`quantize`); the result is read back and compared with what was trained (`verify`) before it gets
+its name.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchclust.export import backends, layout
+from torchclust.export import calibration as calibrating
+from torchclust.export.backends import ExportError
+from torchclust.export.clustered import Placed, find_clustered, trained_codes
+from torchclust.export.graph import Graph, read_graph
+from torchclust.export.inspect import Port, count_operators, float_operators, port
+from torchclust.export.quantize import quantize
+from torchclust.export.verify import Agreement, Comparison, TensorRow, check_codes
+
+
+@dataclass(frozen=True)
+class OperatorRow:
+    """An operator that stays on the CPU: its name, and the torch module that made it, if known."""
+
+    operator: str
+    module: str | None
+
+
+@dataclass(frozen=True)
+class TFLiteExport:
+    """What `to_tflite` wrote, read back from the file.
+
+    Attributes:
+        path: the file.
+        size_bytes: its size.
+        tensors: one `TensorRow` per clustered parameter that the model uses.
+        sqnr_db: signal to quantization noise of the outputs against the float model, in decibels,
+            of the worst output; None if nothing was compared.
+        top1_agreement: share of samples, 0..1, on which file and float model agree on the largest
+            of the first output's values; None unless it is (1, classes).
+        compared_samples: how many calibration samples stand behind these two; the file ran on
+            LiteRT's reference kernels.
+        calibration_samples: how many inputs the activation ranges were observed on.
+        operators: how many of each operator.
+        float_operators: operators left in float, which an int8 accelerator leaves to the CPU.
+        inputs: names, shapes, types and quantization, in the order of the model's.
+        outputs: likewise.
+    """
+
+    path: Path
+    size_bytes: int
+    tensors: tuple[TensorRow, ...]
+    sqnr_db: builtins.float | None
+    top1_agreement: builtins.float | None
+    compared_samples: int
+    calibration_samples: int
+    operators: dict[str, int]
+    float_operators: tuple[OperatorRow, ...]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+def to_tflite(
+    model: nn.Module,
+    example_inputs: layout.Inputs,
+    path: str | os.PathLike[str],
+    *,
+    calibration: Iterable[Any] | None,
+    channels_last: bool = True,
+    float: bool = False,
+    ranges: calibrating.Ranges = "minmax",
+) -> TFLiteExport:
+    """Write a model as a TFLite file: int8 in and out, at most ``n_clusters`` codes per tensor.
+
+    The model may be clustered, stripped or neither, in training mode, on any device; it is copied
+    and stays as it is. The file is read back and checked before it appears at ``path``.
+
+    Args:
+        model: the module to export.
+        example_inputs: its inputs, floating or integer: a tensor, a tuple of tensors, or a dict by
+            argument name. The first dimension is the batch; the file's batch is 1.
+        path: where to write; an existing file is replaced, and only by a file that passed.
+        calibration: an iterable of inputs like the examples: tensors, tuples, dicts, or a
+            DataLoader's batches, labels included. One to a few hundred samples are enough. May be
+            None with ``float=True``.
+        channels_last: give image inputs and outputs the accelerator's layout, NHWC for NCHW. False
+            keeps the model's own, at the price of a TRANSPOSE.
+        float: write float32, BatchNorm folded, without quantization.
+        ranges: how activation ranges follow from the calibration data: ``"minmax"`` covers all of
+            it, ``"percentile"`` leaves out 0.01 % on each side, ``"mse"`` clips where the squared
+            error is smallest.
+
+    Returns:
+        A `TFLiteExport`, measured on the file as written.
+
+    Raises:
+        ExportError: the converter cannot take the model; a clustered tensor would get more than
+            ``n_clusters`` codes; the message names the layer and the remedy.
+        ValueError, TypeError: calibration data that is empty, holds NaN, or does not fit.
+        ImportError: the export extra is not installed.
+    """
+    _check_arguments(Path(path), calibration, float, ranges)
+    prepared = layout.prepare(model, example_inputs, last=channels_last)
+    content = bytearray(_convert(prepared))
+    graph = read_graph(content)
+    placed = find_clustered(graph, trained_codes(model, prepared), prepared.used)
+    comparison = Comparison(prepared, graph)
+    batches = calibrating.progress(calibration or (), "Calibrating")
+    samples = calibrating.Counted(
+        comparison.collect(calibrating.samples(batches, prepared.arguments, prepared.module.keys))
+    )
+    if float:
+        rows = tuple(_float_row(p) for p in placed)
+        for _ in samples:
+            pass
+    else:
+        observed = calibrating.observe(bytes(content), graph, samples, ranges)
+        content = bytearray(quantize(content, graph, placed, observed))
+        graph = read_graph(content)
+        rows = check_codes(graph, placed)
+    agreement = comparison.run(bytes(content))
+    _write(Path(path), content)
+    return _result(Path(path), len(content), prepared, graph, rows, agreement, samples.count)
+
+
+def _check_arguments(path: Path, calibration: object, float_: bool, ranges: str) -> None:
+    if ranges not in calibrating.RANGES:
+        valid = ", ".join(map(repr, calibrating.RANGES))
+        raise ValueError(f"ranges must be one of {valid}, got {ranges!r}")
+    if calibration is None and not float_:
+        raise ValueError(
+            "an int8 file needs calibration data, got None:  "
+            "to_tflite(model, inputs, path, calibration=loader)"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
+    backends.litert_torch()  # a missing package shows before any work
+    backends.quantizer()
+
+
+def _convert(prepared: layout.Prepared) -> bytes:
+    """The float file. BatchNorm is folded and activations are fused by the converter."""
+    litert = backends.litert_torch()
+    try:
+        with backends.quietly(), torch.no_grad():
+            return bytes(litert.convert(prepared.module, prepared.example).model_content())
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(
+            f"litert-torch cannot convert {type(prepared.original).__name__}: {reason}"
+        ) from error
+
+
+def _float_row(placed: Placed) -> TensorRow:
+    tensor, trained = placed.weight.tensor, placed.matched.trained
+    return TensorRow(trained.name, tensor.name, tensor.shape, trained.n_clusters, None, None)
+
+
+def _write(path: Path, content: bytes | bytearray) -> None:
+    """Write beside the target and rename, so that no half-written file is ever seen."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _result(
+    path: Path,
+    size: int,
+    prepared: layout.Prepared,
+    graph: Graph,
+    rows: tuple[TensorRow, ...],
+    agreement: Agreement,
+    count: int,
+) -> TFLiteExport:
+    return TFLiteExport(
+        path=path,
+        size_bytes=size,
+        tensors=rows,
+        sqnr_db=agreement.sqnr_db,
+        top1_agreement=agreement.top1,
+        compared_samples=agreement.samples,
+        calibration_samples=count,
+        operators=count_operators(graph),
+        float_operators=tuple(
+            OperatorRow(graph.operators[i].name, _made_by(graph, i, prepared))
+            for i in float_operators(graph)
+        ),
+        inputs=tuple(port(t) for t in graph.inputs),
+        outputs=tuple(port(t) for t in graph.outputs),
+    )
+
+
+def _made_by(graph: Graph, number: int, prepared: layout.Prepared) -> str | None:
+    """The torch module behind an operator: by its output's name, else by one of its inputs'."""
+    operator = graph.operators[number]
+    for index in (*operator.outputs, *(i for i in operator.inputs if i >= 0)):
+        module = layout.module_of(graph.tensors[index].name, prepared.module)
+        if module is not None:
+            return module
+    return None
