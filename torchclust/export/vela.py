@@ -1,0 +1,307 @@
+"""Compiling a .tflite file for an Ethos-U with Arm's Vela, and reading its figures.
+
+Vela is a program of its own; it runs as a subprocess of the same Python environment, in a folder of
+its own, and what it wrote moves to the output folder when it succeeded. It exits with 0 when it
+leaves operators to the CPU, and prints which.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from torchclust.export.backends import INSTALL
+from torchclust.export.inspect import Inspection, inspect_tflite
+
+# Vela's own defaults per family, passed explicitly: figures mean nothing without them.
+_FAMILIES = {
+    "ethos-u55": ((32, 64, 128, 256), "Ethos_U55_High_End_Embedded", "Shared_Sram"),
+    "ethos-u65": ((256, 512), "Ethos_U65_High_End", "Dedicated_Sram"),
+    "ethos-u85": ((128, 256, 512, 1024, 2048), "Ethos_U85_SYS_DRAM_Mid", "Dedicated_Sram_384KB"),
+}
+ACCELERATORS = tuple(f"{family}-{n}" for family, (sizes, _, _) in _FAMILIES.items() for n in sizes)
+
+_CPU_COUNT = re.compile(r"^CPU operators = (\d+)", re.MULTILINE)
+_NPU_COUNT = re.compile(r"^NPU operators = (\d+)", re.MULTILINE)
+_LEFT_ON_CPU = re.compile(
+    r"^Warning \([^)]*\) operator: (\w+), ofm: '([^']*)'\n(?:\s*-?\s*)Reason: (.*)$", re.MULTILINE
+)
+_TENSOR_NAME = re.compile(r" \([^()]*/[^()]*\)")
+_KIB = 1024
+
+
+class VelaError(RuntimeError):
+    """Vela could not compile the file; the message ends with Vela's own last lines."""
+
+
+@dataclass(frozen=True)
+class CpuOperator:
+    """An operator that Vela leaves to the CPU.
+
+    Attributes:
+        operator: TFLite's name for it, for example ``"LEAKY_RELU"``.
+        tensor: the name of its output in the file.
+        module: the path of the torch module that made it, where the tensor's name tells.
+        reason: in Vela's words.
+    """
+
+    operator: str
+    tensor: str
+    module: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class VelaLayer:
+    """One row of Vela's per-layer table: estimated cycles and multiply-accumulates."""
+
+    operator: str
+    target: str
+    cycles: int
+    macs: int
+    name: str
+
+
+@dataclass(frozen=True)
+class VelaReport:
+    """Vela's figures for one file; estimates of its model of the hardware, not measurements.
+
+    Attributes:
+        path: the compiled file.
+        accelerator, system_config, memory_mode, vela_version: under which the figures hold.
+        encoded_weight_bytes: all weights as the accelerator decodes them.
+        original_weight_bytes: the same weights before encoding.
+        flash_bytes: flash for weights and constants; 0 where the system keeps them in DRAM.
+        sram_bytes: on-chip memory.
+        dram_bytes: off-chip memory for constants and feature maps; 0 where there is none.
+        cycles: one inference.
+        inference_seconds: the same at the configuration's clock.
+        macs: multiply-accumulates of one inference.
+        cpu_ops, npu_ops: operators left to the CPU, and on the accelerator.
+        cpu_operators: which ones and why.
+        layers: the per-layer table.
+    """
+
+    path: Path
+    accelerator: str
+    system_config: str
+    memory_mode: str
+    vela_version: str
+    encoded_weight_bytes: int
+    original_weight_bytes: int
+    flash_bytes: int
+    sram_bytes: int
+    dram_bytes: int
+    cycles: int
+    inference_seconds: float
+    macs: int
+    cpu_ops: int
+    npu_ops: int
+    cpu_operators: tuple[CpuOperator, ...]
+    layers: tuple[VelaLayer, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.path.name}: {self.accelerator}, {self.system_config}, {self.memory_mode}, "
+            f"Vela {self.vela_version}",
+            f"  encoded weights {self.encoded_weight_bytes / _KIB:,.1f} KiB "
+            f"(of {self.original_weight_bytes / _KIB:,.1f}), flash {self.flash_bytes / _KIB:,.1f}, "
+            f"SRAM {self.sram_bytes / _KIB:,.1f}, DRAM {self.dram_bytes / _KIB:,.1f} KiB",
+            f"  {self.cycles:,} cycles, {self.inference_seconds * 1e3:.3f} ms estimated; "
+            f"{self.npu_ops} operators on the NPU, {self.cpu_ops} on the CPU",
+        ]
+        lines += [
+            f"  CPU: {op.operator} ({op.module or op.tensor}): {op.reason}"
+            for op in self.cpu_operators
+        ]
+        return "\n".join(lines)
+
+
+def vela(
+    path: str | os.PathLike[str],
+    *,
+    accelerator: str = "ethos-u55-128",
+    system_config: str | None = None,
+    memory_mode: str | None = None,
+    config: str | os.PathLike[str] | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+) -> VelaReport:
+    """Compile a .tflite file for an Ethos-U and report what it will cost.
+
+    Args:
+        path: an int8 .tflite file, for example from `to_tflite`.
+        accelerator: ``"ethos-u55-32"`` .. ``-256`` (MACs per cycle), ``"ethos-u65-256"``, ``-512``,
+            ``"ethos-u85-128"`` .. ``-2048``.
+        system_config: a section of the configuration file: clock, memories, their speed. By default
+            ``Ethos_U55_High_End_Embedded``, ``Ethos_U65_High_End`` or ``Ethos_U85_SYS_DRAM_Mid``.
+        memory_mode: where weights and feature maps live. By default ``Shared_Sram`` for U55,
+            ``Dedicated_Sram`` for U65, ``Dedicated_Sram_384KB`` for U85.
+        config: a vela.ini that has those sections; by default the one that comes with Vela.
+        output_dir: where the compiled file ``NAME_vela.tflite`` and Vela's tables go; by default
+            beside the input. Created if missing.
+
+    Returns:
+        A `VelaReport`.
+
+    Raises:
+        ValueError: unknown accelerator, or not a .tflite file.
+        VelaError: Vela failed; its last lines are in the message.
+        ImportError: Vela is not installed.
+
+    Warns:
+        UserWarning: a U85 with a weight tensor of 17 to 32 codes: its fast weight format steps at 4
+            and 16 codes, so more than 16 may save nothing there.
+    """
+    path = Path(path)
+    family = accelerator.rpartition("-")[0]
+    if accelerator not in ACCELERATORS:
+        raise ValueError(
+            f"accelerator must be one of {', '.join(ACCELERATORS)}, got {accelerator!r}"
+        )
+    if importlib.util.find_spec("ethosu") is None:
+        raise ImportError(f"compiling needs Vela, which is not installed:  {INSTALL}")
+    _, default_system, default_memory = _FAMILIES[family]
+    system_config = system_config or default_system
+    memory_mode = memory_mode or default_memory
+    inspected = inspect_tflite(path)
+    if family == "ethos-u85":
+        _warn_about_codes(inspected)
+    target = Path(output_dir) if output_dir is not None else path.parent
+    with tempfile.TemporaryDirectory() as folder:
+        log = _run(
+            path,
+            {
+                "accelerator-config": accelerator,
+                "system-config": system_config,
+                "memory-mode": memory_mode,
+                "config": os.fspath(config) if config is not None else "Arm/vela.ini",
+                "output-dir": folder,
+            },
+        )
+        summary = _one_row(Path(folder), path.stem)
+        layers = _layers(Path(folder) / f"{path.stem}_per-layer.csv")
+        target.mkdir(parents=True, exist_ok=True)
+        for file in Path(folder).iterdir():
+            shutil.move(file, target / file.name)
+    return _report(
+        target / f"{path.stem}_vela.tflite",
+        accelerator,
+        system_config,
+        memory_mode,
+        summary,
+        log,
+        layers,
+    )
+
+
+def _run(path: Path, options: Mapping[str, str]) -> str:
+    """Vela's output, standard error included."""
+    command = [sys.executable, "-m", "ethosu.vela", os.fspath(path), "--verbose-performance"]
+    for name, value in options.items():
+        command += [f"--{name}", value]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode != 0 or _CPU_COUNT.search(done.stdout) is None:
+        said = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        crashed = any(line.startswith("Traceback") for line in said)
+        last = "\n  ".join(said[-1:] if crashed else said[-3:]) or "nothing"
+        raise VelaError(
+            f"Vela cannot compile {path} for {options['accelerator-config']} "
+            f"({options['system-config']}, {options['memory-mode']}); it exited with "
+            f"{done.returncode} and said:\n  {last}"
+        )
+    return done.stdout
+
+
+def _one_row(folder: Path, stem: str) -> dict[str, str]:
+    (file,) = folder.glob(f"{stem}_summary_*.csv")
+    with file.open(newline="") as lines:
+        (row,) = csv.DictReader(lines)
+    return row
+
+
+def _layers(file: Path) -> tuple[VelaLayer, ...]:
+    with file.open(newline="") as lines:
+        return tuple(
+            VelaLayer(
+                operator=row["Original Operator"],
+                target=row["Target"],
+                cycles=round(float(row["Op Cycles"])),
+                macs=round(float(row["MAC Count"])),
+                name=row["Name"],
+            )
+            for row in csv.DictReader(lines)
+        )
+
+
+def _report(
+    compiled: Path,
+    accelerator: str,
+    system_config: str,
+    memory_mode: str,
+    summary: Mapping[str, str],
+    log: str,
+    layers: tuple[VelaLayer, ...],
+) -> VelaReport:
+    def kib(*names: str) -> int:
+        return round(sum(float(summary[f"{name}_memory_used"]) for name in names) * _KIB)
+
+    return VelaReport(
+        path=compiled,
+        accelerator=accelerator,
+        system_config=system_config,
+        memory_mode=memory_mode,
+        vela_version=metadata.version("ethos-u-vela"),
+        encoded_weight_bytes=round(float(summary["total_npu_encoded_weights"])),
+        original_weight_bytes=round(float(summary["total_original_weights"])),
+        flash_bytes=kib("on_chip_flash", "off_chip_flash"),
+        sram_bytes=kib("sram"),
+        dram_bytes=kib("dram"),
+        cycles=round(float(summary["cycles_total"])),
+        inference_seconds=float(summary["inference_time"]),
+        macs=round(float(summary["nn_macs"])),
+        cpu_ops=_count(_CPU_COUNT, log),
+        npu_ops=_count(_NPU_COUNT, log),
+        cpu_operators=tuple(
+            CpuOperator(operator, tensor, _torch_path(tensor), _TENSOR_NAME.sub("", reason))
+            for operator, tensor, reason in _LEFT_ON_CPU.findall(log)
+        ),
+        layers=layers,
+    )
+
+
+def _count(pattern: re.Pattern[str], log: str) -> int:
+    found = pattern.search(log)
+    return int(found[1]) if found else 0
+
+
+def _torch_path(tensor: str) -> str | None:
+    """The torch module that a tensor's name from the converter speaks of.
+
+    The name lists modules as ``class_attribute``; class names seldom have an underscore.
+    """
+    steps = tensor.partition(";")[0].split("/")[2:]
+    return ".".join(s.rpartition(".")[2].lstrip("_").partition("_")[2] for s in steps) or None
+
+
+def _warn_about_codes(inspected: Inspection) -> None:
+    for row in inspected:
+        if row.dtype == "int8" and 16 < row.codes <= 32:
+            warnings.warn(
+                f"{row.name} has {row.codes} codes: the Ethos-U85's fast weight format steps at 4 "
+                f"and 16 codes, so it may save nothing; cluster into at most 16 (15 with int8 "
+                f"codebooks)",
+                stacklevel=3,
+            )
