@@ -16,6 +16,7 @@ from torchclust.model import (
     strip_,
 )
 from torchclust.report import Summary, summary
+from torchclust.sensitivity import fisher_information
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "Codebook",
     "Summary",
     "cluster_",
+    "fisher_information",
     "fit_codebook",
     "is_clustered",
     "named_clusterings",

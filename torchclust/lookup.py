@@ -36,15 +36,12 @@ def lookup(table: Tensor, indices: Tensor, through: Tensor | None = None) -> Ten
         A contiguous tensor of the indices' shape and the table's dtype. Its gradient reaches the
         table summed by index; every value is an element of the table to the bit.
     """
-    if torch.compiler.is_compiling():
+    if _must_be_traceable():
         value = _plain_lookup(table, indices)
         return value if through is None else value + (through - through.detach())
     if through is None:
-        value = _Lookup.apply(table, indices)
-    else:
-        value = _LookupThrough.apply(table, indices, through)
-    assert isinstance(value, Tensor)
-    return value
+        return _apply(_Lookup, table, indices)
+    return _apply(_LookupThrough, table, indices, through)
 
 
 def grouped_sum(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
@@ -59,7 +56,7 @@ def grouped_sum(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
         A tensor of ``shape`` in the dtype of ``values``. Sums are carried in float64 on the CPU;
         on other devices in float32, spread over many accumulators, without a copy to the host.
     """
-    if torch.compiler.is_compiling() or values.device.type != "cpu":
+    if _must_be_traceable() or values.device.type != "cpu":
         return _scatter_sum(values, indices, shape)
     if len(shape) == 2:
         return _grouped_sum_by_row(values, indices, shape)
@@ -87,7 +84,7 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         (indices,) = ctx.saved_tensors
-        return _GroupedSum.apply(grad, indices, ctx.shape), None
+        return _apply(_GroupedSum, grad, indices, ctx.shape), None
 
 
 class _GroupedSum(torch.autograd.Function):
@@ -104,7 +101,7 @@ class _GroupedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (indices,) = ctx.saved_tensors
-        return _Lookup.apply(grad, indices), None, None
+        return _apply(_Lookup, grad, indices), None, None
 
 
 class _LookupThrough(torch.autograd.Function):
@@ -126,6 +123,16 @@ class _LookupThrough(torch.autograd.Function):
         (indices,) = ctx.saved_tensors
         for_table = grouped_sum(grad, indices, ctx.shape) if ctx.needs_input_grad[0] else None
         return for_table, None, grad if ctx.needs_input_grad[2] else None
+
+
+def _must_be_traceable() -> bool:
+    """Under a compiler, ``torch.export``, or ``torch.func``'s transforms: plain torch operators."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _apply(function: Any, *args: Any) -> Tensor:
+    result: Tensor = function.apply(*args)  # untyped in torch
+    return result
 
 
 def _gather(table: Tensor, indices: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -338,6 +339,15 @@ def decisions(model: nn.Module) -> list[tuple[str, Tensor, Decision]]:
     return found
 
 
+@contextmanager
+def live_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Every parameter tensor by name, as the very tensor that forward calls inside will read."""
+    with parametrize.cached():
+        yield {
+            slot.candidate.name: getattr(slot.module, slot.tensor_name) for slot in _slots(model)
+        }
+
+
 def _fit_slot(
     slot: _Slot, config: ClusterConfig, importance: Tensor | None, seed: int
 ) -> ClusteredWeight:
@@ -364,13 +374,21 @@ def _make(slot: _Slot, config: ClusterConfig, tensors: Mapping[str, Tensor]) -> 
 def _attach(slot: _Slot, clustered: ClusteredWeight) -> None:
     for module, name in slot.places:
         _make_plain(module, name)
-        order = tuple(module._parameters)
+        order = _parameter_order(module)
         module._parameters[name].grad = None  # type: ignore[union-attr]  # of the old shape
         parametrize.register_parametrization(module, name, clustered, unsafe=True)
         module.parametrizations[name].parameter_order = order  # type: ignore[index, union-attr]
         if isinstance(module, nn.RNNBase):
             _look_up_flat_weights(module)
     clustered.first_original = None
+
+
+def _parameter_order(module: nn.Module) -> tuple[str, ...]:
+    """The module's parameters as they stood before the first of them was clustered."""
+    for holder in _parametrizations(module).values():
+        if hasattr(holder, "parameter_order"):
+            return holder.parameter_order  # type: ignore[return-value]
+    return tuple(module._parameters)
 
 
 def _make_plain(module: nn.Module, name: str) -> None:
@@ -436,11 +454,11 @@ def _look_up_flat_weights(module: nn.RNNBase) -> None:
     def nothing(self: nn.RNNBase) -> None:
         """There is no packed copy to keep up to date."""
 
-    cls, base = type(module), type(module).__bases__[0]
-    cls._flat_weights = property(flat_weights, lambda self, value: None)  # type: ignore[assignment]
-    cls._update_flat_weights = nothing  # type: ignore[method-assign]
-    cls.flatten_parameters = nothing  # type: ignore[method-assign]
-    cls.forward = forward  # type: ignore[attr-defined]
+    cls: Any = type(module)  # made by torch for this module alone
+    base: Any = cls.__bases__[0]
+    cls._flat_weights = property(flat_weights, lambda self, value: None)
+    cls._update_flat_weights = cls.flatten_parameters = nothing
+    cls.forward = forward
     module.__dict__.pop("_flat_weights", None)
 
 

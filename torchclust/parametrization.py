@@ -27,6 +27,7 @@ from torchclust.codebook import Codebook, fit_codebook
 from torchclust.config import ClusterConfig
 from torchclust.integer_codebook import fit_integer_codebook
 from torchclust.lookup import grouped_sum, lookup
+from torchclust.nearest import assign, count_below
 
 _PARAMETERS = ("centroids", "relative_scale")
 
@@ -168,9 +169,13 @@ class FloatClusteredWeight(ClusteredWeight):
         return by_channel[: self.shape[self.channel_dim]]
 
     def _nearest(self, rows: Tensor, codebook: Tensor) -> Tensor:
+        if codebook.dim() == 1:
+            return assign(rows, codebook)
         table = _at_least_float32(self._table(codebook))
-        midpoints = table[..., 1:] / 2 + table[..., :-1] / 2  # halved first: no overflow
-        return _search(_at_least_float32(rows), midpoints)
+        limits = table[:, 1:] / 2 + table[:, :-1] / 2  # halved first: no overflow
+        flat = _at_least_float32(rows).flatten(1)
+        found = torch.searchsorted(limits.contiguous(), flat.contiguous(), out_int32=True)
+        return found.byte().view(rows.shape)
 
     def _index_of_zero(self, codebook: Tensor) -> Tensor:
         table = self._table(codebook)
@@ -217,7 +222,7 @@ class IntegerClusteredWeight(ClusteredWeight):
         codes = _mirrored(codebook).float()
         scale = self.scale().detach().float().clamp_min(torch.finfo(torch.float32).tiny)
         in_codes = rows.float() / scale.view(-1, *[1] * (rows.dim() - 1))
-        return _search(in_codes, (codes[1:] + codes[:-1]) / 2)
+        return count_below(in_codes, (codes[1:] + codes[:-1]) / 2)
 
     def _index_of_zero(self, codebook: Tensor) -> Tensor:
         return torch.full((), len(codebook), dtype=torch.uint8, device=codebook.device)
@@ -337,18 +342,13 @@ def _mirrored(codes: Tensor) -> Tensor:
     return torch.cat([-codes.flip(0), codes.new_zeros(1), codes])
 
 
-def _search(rows: Tensor, midpoints: Tensor) -> Tensor:
-    if midpoints.dim() == 1:
-        return torch.bucketize(rows, midpoints, out_int32=True).byte()
-    found = torch.searchsorted(midpoints.contiguous(), rows.flatten(1).contiguous(), out_int32=True)
-    return found.byte().view(rows.shape)
-
-
 def _relative_error(weight: Tensor, clustered: Tensor) -> Tensor:
     largest = weight.abs().max().clamp_min(torch.finfo(weight.dtype).tiny)  # squares overflow
-    norm = torch.linalg.vector_norm(weight / largest, dtype=torch.float64)
-    error = torch.linalg.vector_norm(clustered / largest - weight / largest, dtype=torch.float64)
-    return (error / norm.clamp_min(torch.finfo(torch.float64).tiny)).float()
+    norm: Tensor = torch.linalg.vector_norm(weight / largest, dtype=torch.float64)
+    error: Tensor = torch.linalg.vector_norm(
+        clustered / largest - weight / largest, dtype=torch.float64
+    )
+    return torch.div(error, norm.clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
 def _scale_gradient(tensor: Tensor, factor: Tensor) -> Tensor:
