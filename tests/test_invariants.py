@@ -11,7 +11,7 @@ import torch
 from layers import LAYERS, Layer
 from torch import Tensor, nn
 
-from torchclust import cluster_, is_clustered, named_clusterings, restore_, strip_
+from torchclust import Clustering, cluster_, is_clustered, named_clusterings, restore_, strip_
 from torchclust.config import Init
 
 SHARING: dict[str, dict[str, Any]] = {
@@ -24,19 +24,19 @@ SHARING: dict[str, dict[str, Any]] = {
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
 
 
-def distinct(
-    weight: Tensor, channel_dim: int, sharing: dict[str, Any], scale: Tensor | None
-) -> int:
+def distinct(weight: Tensor, clustering: Clustering) -> int:
     """Values in the fullest codebook, counted without the package's help."""
-    rows = weight.detach().double().transpose(0, channel_dim).flatten(1)
-    if scale is not None:
-        codes = rows / scale.detach().double()[:, None]
-        rounding = max(torch.finfo(weight.dtype).eps * 127, 1e-9)  # of the product, one ulp
-        assert (codes - codes.round()).abs().max() <= rounding / 2, "not a multiple of the scale"
-        assert codes.abs().max() < 127.5
-        return len(np.unique(codes.round()))
-    size = {"channel": 1, "group": 2}.get(sharing.get("granularity", ""), len(rows))
-    return max(len(np.unique(rows[i : i + size])) for i in range(0, len(rows), size))
+    rows = weight.detach().transpose(0, clustering.channel_dim).flatten(1)
+    config, codes, scale = clustering.config, clustering.codes, clustering.scale
+    if codes is not None and scale is not None:
+        assert torch.equal(codes, -codes.flip(0)), "symmetric"
+        assert 0 in codes
+        products = scale[:, None] * codes.to(scale.dtype)
+        assert (rows[:, :, None] == products[:, None, :]).any(2).all(), "scale times code"
+        return len(codes)
+    size = {"channel": 1, "group": config.group_size}.get(config.granularity) or len(rows)
+    values = rows.double().numpy()
+    return max(len(np.unique(values[i : i + size])) for i in range(0, len(rows), size))
 
 
 def weights_of(model: nn.Module, layer: Layer) -> dict[str, Tensor]:
@@ -47,14 +47,11 @@ def weights_of(model: nn.Module, layer: Layer) -> dict[str, Tensor]:
     return found
 
 
-def counts(model: nn.Module, layer: Layer, sharing: dict[str, Any], like: nn.Module) -> list[int]:
-    """Distinct values of every weight; scales and channel dimensions are read off ``like``."""
+def counts(model: nn.Module, layer: Layer, like: nn.Module) -> list[int]:
+    """Distinct values of every weight; what they are clustered by is read off ``like``."""
     clusterings = dict(named_clusterings(like))
     assert set(clusterings) == set(layer.weights)
-    return [
-        distinct(weight, clusterings[name].channel_dim, sharing, clusterings[name].scale)
-        for name, weight in weights_of(model, layer).items()
-    ]
+    return [distinct(w, clusterings[name]) for name, w in weights_of(model, layer).items()]
 
 
 def step(model: nn.Module, layer: Layer, dtype: torch.dtype, steps: int) -> None:
@@ -80,22 +77,22 @@ def test_contract(layer: str, dtype: torch.dtype, sharing: str, assignment: str)
                 continue
             model = cluster_(copy.deepcopy(plain), k, init=init, assignment=assignment, **options)
             case = (layer, init, k)
-            assert max(counts(model, kind, options, model)) <= k, case
+            assert max(counts(model, kind, model)) <= k, case
             before = {n: w.detach().clone() for n, w in weights_of(model, kind).items()}
             step(model, kind, dtype, 2)
             assert any(not torch.equal(before[n], w) for n, w in weights_of(model, kind).items())
-            assert max(counts(model, kind, options, model)) <= k, case
+            assert max(counts(model, kind, model)) <= k, case
             with torch.no_grad():
                 output = kind.call(model, dtype)
             twin = copy.deepcopy(model)
             restored = restore_(copy.deepcopy(plain), model.state_dict())
             for other in (twin, restored):
-                assert max(counts(other, kind, options, other)) <= k, case
+                assert max(counts(other, kind, other)) <= k, case
                 with torch.no_grad():
                     assert torch.equal(kind.call(other, dtype), output), case
             strip_(twin)
             assert not is_clustered(twin)
-            assert max(counts(twin, kind, options, model)) <= k, case
+            assert max(counts(twin, kind, model)) <= k, case
             assert type(twin) is type(plain)
             assert list(twin.state_dict()) == list(plain.state_dict())
             assert [n for n, _ in twin.named_parameters()] == [

@@ -22,6 +22,7 @@ Granularity: TypeAlias = Literal["tensor", "channel", "group"]
 Assignment: TypeAlias = Literal["fixed", "nearest"]
 Gradient: TypeAlias = Literal["sum", "mean"]
 
+TOO_SMALL = "a tensor needs more elements than clusters"
 _CHOICES: dict[str, tuple[str, ...]] = {
     "codebook_dtype": get_args(CodebookDtype),
     "init": get_args(Init),
@@ -200,14 +201,13 @@ def _decide(
     candidate: Candidate, choice: tuple[ClusterConfig | None, bool] | None, strict: bool
 ) -> Decision:
     if choice is None:
-        reason = candidate.refuse or candidate.skip or "no rule matches it"
-        return Decision(None, reason)
+        return Decision(None, candidate.refuse or candidate.skip or "no rule matches it")
     config, named = choice
     if config is None:
         return Decision(None, "a rule leaves it alone")
     too_small = candidate.n_elements <= config.n_clusters
-    reason = candidate.refuse or ("a tensor needs more elements than clusters" * too_small)
-    if not reason:
+    reason = candidate.refuse or (TOO_SMALL if too_small else None)
+    if reason is None:
         return Decision(config, None)
     if named or candidate.refuse:
         _complain(_cannot_cluster(candidate, config, reason), strict)
@@ -290,7 +290,7 @@ def _matches_nothing(pattern: str, candidates: Sequence[Candidate]) -> str:
 
 
 def _cannot_cluster(candidate: Candidate, config: ClusterConfig, reason: str) -> str:
-    lower = "Lower n_clusters, or leave" if "more elements" in reason else "Leave"
+    lower = "Lower n_clusters, or leave" if reason == TOO_SMALL else "Leave"
     return (
         f"cannot cluster {candidate.name!r} ({candidate.kind}, {candidate.n_elements} elements) "
         f"into {config.n_clusters} clusters: {reason}.\n"

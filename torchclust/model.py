@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from torchclust.config import Candidate, ClusterConfig, Decision, Rules, resolve_rules
+from torchclust.config import TOO_SMALL, Candidate, ClusterConfig, Decision, Rules, resolve_rules
 from torchclust.parametrization import (
     ClusteredWeight,
     config_from_bytes,
@@ -85,7 +85,8 @@ class Clustering:
     @property
     def scale(self) -> Tensor | None:
         """The positive scale per output channel of an int8 codebook; None for a float one."""
-        return self._parametrization.scale()
+        scale = self._parametrization.scale()
+        return None if scale is None else scale.detach()
 
     @property
     def codes(self) -> Tensor | None:
@@ -293,7 +294,7 @@ def restore_structure_(model: nn.Module, state: Mapping[str, Any]) -> None:
         (m["path"] or "", m["name"]): _tensors_under(state, key.removesuffix("0.config_json"))
         for key, m in saved.items()
     }
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for path, name in fits:
         owner = modules.get(path)
         if owner is None or not (hasattr(owner, name) or hasattr(owner, name + "_orig")):
@@ -301,6 +302,12 @@ def restore_structure_(model: nn.Module, state: Mapping[str, Any]) -> None:
                 f"the state dict has a clustered {_join(path, name)!r}, this model has no such "
                 f"parameter: restore_ needs the architecture that was saved"
             )
+    present = {
+        (path.rpartition(".")[0], name): _layout(_parametrizations(module)[name].state_dict())
+        for path, module, name in _clustered_places(model)
+    }
+    if present == {place: _layout(tensors) for place, tensors in fits.items()}:
+        return  # it fits already, and an optimizer may hold these very parameters
     strip_(model, validate=False)
     for slot in _slots(model):
         path, _, name = slot.candidate.name.rpartition(".")
@@ -328,11 +335,18 @@ def is_clustered(module: nn.Module, tensor_name: str | None = None) -> bool:
 
 def decisions(model: nn.Module) -> list[tuple[str, Tensor, Decision]]:
     """For every parameter tensor: its name, its value, its config or why it was left alone."""
+    most = max((config.n_clusters for _, config in _clustered_slots(model)), default=0)
     found = []
     for slot in _slots(model):
         own = _parametrization(slot.module, slot.tensor_name)
-        reason = slot.candidate.refuse or slot.candidate.skip or "no rule clustered it"
-        decision = Decision(None, reason) if own is None else Decision(own.config, None)
+        reason = slot.candidate.refuse or slot.candidate.skip
+        if reason is None and slot.candidate.n_elements <= most:
+            reason = TOO_SMALL
+        decision = (
+            Decision(None, reason or "no rule clusters it")
+            if own is None
+            else Decision(own.config, None)
+        )
         with torch.no_grad():
             value = slot.value() if own is None else getattr(slot.module, slot.tensor_name)
         found.append((slot.candidate.name, value.detach(), decision))
@@ -548,7 +562,13 @@ def _why_refused(module: nn.Module, name: str, parameter: Tensor) -> str | None:
 
 def _n_elements(module: nn.Module, name: str, parameter: Tensor) -> int:
     own = _parametrization(module, name)
-    return parameter.numel() if own is None else own.shape.numel()
+    if own is not None:
+        return own.shape.numel()
+    if parametrize.is_parametrized(module, name):  # weight_norm's first tensor is one column
+        with torch.no_grad():
+            weight: Tensor = getattr(module, name)
+            return weight.numel()
+    return parameter.numel()
 
 
 def _underlying(module: nn.Module, name: str) -> Tensor:
@@ -646,6 +666,13 @@ def _tensors_under(state: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
         for key, value in state.items()
         if key.startswith(prefix)
     }
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> tuple[ClusterConfig, dict[str, Any]]:
+    """What must agree before values can be loaded into one clustered tensor."""
+    plain = {key.removeprefix("0."): tensor for key, tensor in tensors.items()}
+    config = config_from_bytes(plain.pop("config_json"))
+    return config, {name: (tensor.shape, tensor.dtype) for name, tensor in plain.items()}
 
 
 def _in_threads(function: Any, tasks: list[Any]) -> list[Any]:

@@ -1,0 +1,117 @@
+"""The lookup and the group-by-index sum against a scatter over single elements."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from torchclust import lookup as module
+from torchclust.lookup import grouped_sum, lookup
+
+SHAPES = [
+    ((7,), (7,)),
+    ((5,), (3, 4, 2)),
+    ((256,), (70_000,)),
+    ((3, 6), (3, 5, 2)),
+    ((9, 2), (9, 1)),
+]
+
+
+def scattered(values: Tensor, indices: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    """Eq. 3 of the paper, element by element, in float64."""
+    total = np.zeros(shape)
+    if len(shape) == 1:
+        np.add.at(total, indices.numpy().ravel(), values.double().numpy().ravel())
+        return total
+    for row, (index, value) in enumerate(zip(indices, values, strict=True)):
+        np.add.at(total[row], index.numpy().ravel(), value.double().numpy().ravel())
+    return total
+
+
+def example(
+    shape: tuple[int, ...], of: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(shape, generator=generator).to(dtype)
+    indices = torch.randint(0, shape[-1], of, generator=generator).byte()
+    return table, indices, torch.randn(of, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "of"), SHAPES)
+def test_lookup_and_its_gradient(
+    shape: tuple[int, ...], of: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    table, indices, upstream = example(shape, of, dtype)
+    table.requires_grad_()
+    value = lookup(table, indices)
+    by_row = table.expand(of[0], -1) if len(shape) == 1 else table
+    looked_up = torch.gather(by_row, 1, indices.view(of[0], -1).long()).view(of)
+    assert torch.equal(value, looked_up)
+    value.backward(upstream)
+    expected = scattered(upstream, indices, shape)
+    assert table.grad is not None
+    assert table.grad.dtype == dtype
+    tolerance = 8 * torch.finfo(dtype).eps * max(1, np.abs(expected).max())
+    np.testing.assert_allclose(
+        table.grad.double().numpy(), expected, atol=tolerance, rtol=tolerance
+    )
+
+
+@pytest.mark.parametrize(("shape", "of"), [*SHAPES[:2], *SHAPES[3:]])
+def test_gradcheck_to_second_order(shape: tuple[int, ...], of: tuple[int, ...]) -> None:
+    table, indices, values = example(shape, of, torch.float64)
+    table.requires_grad_()
+    values.requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: lookup(t, indices), table)
+    assert torch.autograd.gradgradcheck(lambda t: lookup(t, indices).square(), table)
+    assert torch.autograd.gradcheck(lambda t, v: lookup(t.square(), indices) * v, (table, values))
+
+
+def test_gradient_passes_straight_through() -> None:
+    table, indices, upstream = example((4,), (6, 5))
+    table.requires_grad_()
+    weight = torch.randn(6, 5, requires_grad=True)
+    lookup(table, indices, through=weight).backward(upstream)
+    assert weight.grad is not None
+    assert table.grad is not None
+    assert torch.equal(weight.grad, upstream)
+    np.testing.assert_allclose(table.grad.numpy(), scattered(upstream, indices, (4,)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 1000, 300_001])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_the_accelerators_sum_is_the_same(n: int, rows: int) -> None:
+    """The path of CUDA devices, run here: lanes, remainders, several codebooks."""
+    shape, of = ((5,), (n,)) if rows == 0 else ((rows, 5), (rows, n))
+    _, indices, values = example(shape, of)
+    found = module._scatter_sum(values, indices, torch.Size(shape))
+    np.testing.assert_allclose(
+        found.numpy(), scattered(values, indices, shape), atol=1e-4 * n**0.5, rtol=1e-5
+    )
+
+
+def test_sums_are_carried_in_float64() -> None:
+    """Forty million equal float32 numbers: a float32 running sum would stop growing at 2**24."""
+    n = 40_000_000
+    values = torch.ones(1).expand(n)
+    indices = torch.zeros(1, dtype=torch.uint8).expand(n)
+    assert grouped_sum(values, indices, torch.Size((1,))).item() == n
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_compiled_export_and_transforms_see_plain_operators(through: bool) -> None:
+    """`torch.func` transforms and exporters meet no custom function, and get the same numbers."""
+    table, indices, upstream = example((4,), (6, 5))
+    weight = torch.zeros(6, 5)
+
+    def loss(t: Tensor, w: Tensor) -> Tensor:
+        return (lookup(t, indices, through=w if through else None) * upstream).sum()
+
+    by_table, by_weight = torch.func.grad(loss, argnums=(0, 1))(table, weight)
+    np.testing.assert_allclose(by_table, scattered(upstream, indices, (4,)), rtol=1e-5)
+    assert torch.equal(by_weight, upstream if through else torch.zeros(6, 5))
+    per_sample = torch.vmap(lambda scale: torch.func.grad(loss)(table * scale, weight))
+    assert per_sample(torch.ones(3)).shape == (3, 4)
