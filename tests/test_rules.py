@@ -84,8 +84,8 @@ def test_options_are_every_rules_default() -> None:
             {"tiny.weight": 16},
             {},
             ValueError,
-            r"cannot cluster 'tiny\.weight' \(Linear, 6 elements\) into 16 clusters: a tensor needs "
-            r"more elements than clusters\.\nLower n_clusters, or leave it out:  "
+            r"cannot cluster 'tiny\.weight' \(Linear, 6 elements\) into 16 clusters: a tensor "
+            r"needs more elements than clusters\.\nLower n_clusters, or leave it out:  "
             r'cluster_\(model, \{"\*": 16, "tiny\.weight": None\}\)',
         ),
         ({"*": 1}, {}, ValueError, r"rule '\*': n_clusters must be between 2 and 256, got 1"),
