@@ -1,0 +1,106 @@
+"""Run a recipe from beginning to end: networks, files, compiler, report.
+
+Everything that can be wrong with the recipe is found before the output folder is touched. After
+that each stage leaves a whole result or none (`torchclust.stages`), so a run that was interrupted
+is continued by the same call with ``resume=True``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import torchclust
+from torchclust import run_report
+from torchclust.artifacts import TFLITE_FILES, VELA_FOLDER, compile_files, export_files
+from torchclust.prepare import prepare
+from torchclust.recipe import Recipe, RecipeError
+from torchclust.run_plot import plot
+from torchclust.stages import Networks, Stages, train_networks, versions
+
+PACKED_FILE = "model.packed"
+STAGE_FOLDER = "stages"
+REPORTS = ("recipe.yaml", "report.json", "report.md", "report.png")
+
+
+def run_recipe(
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    stage_folder: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Run a recipe, write everything into `output`, and return what report.json holds.
+
+    Args:
+        recipe: what to run.
+        output: a folder, made if need be; one that holds something needs `resume` or `overwrite`.
+        resume: use the stages that an earlier run finished, as far as they are the recipe's.
+        overwrite: delete an earlier run's files first; files that no run writes stay.
+        stage_folder: where stage results are kept, by default ``output/stages``; runs that share
+            it share what they have in common.
+        say: told what is going on, one line at a time.
+        progress: show progress bars.
+
+    Raises:
+        RecipeError, DataError: before anything is written; one line that says what to change.
+    """
+    _check_output(output, resume=resume, overwrite=overwrite)
+    prepared = prepare(recipe)
+    if overwrite:
+        _clear(output)
+    output.mkdir(parents=True, exist_ok=True)
+    _write(output / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    stages = Stages(stage_folder or output / STAGE_FOLDER, say, progress)
+    networks = train_networks(prepared, stages)
+    exported = export_files(prepared, networks, output, stages) if recipe.export else {}
+    compiled = compile_files(prepared, output, stages) if recipe.vela else {}
+    report = run_report.assemble(
+        recipe, networks, exported, compiled, _pack(networks, output), stages.seconds, versions()
+    )
+    plot(report, networks.trained, networks.compressed, output / "report.png")
+    _write(output / "report.md", run_report.markdown(report))
+    _write(output / "report.json", json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise RecipeError(f"{output} is a file; name a folder:  --output runs/NAME")
+    if not (resume or overwrite) and output.is_dir() and any(output.iterdir()):
+        raise RecipeError(
+            f"{output} is not empty: add --resume to go on with that run, --overwrite to replace "
+            "it, or name another folder with --output"
+        )
+
+
+def _clear(output: Path) -> None:
+    """Delete what a run writes, and nothing else: the folder may be anybody's."""
+    for name in (*REPORTS, *TFLITE_FILES, PACKED_FILE):
+        (output / name).unlink(missing_ok=True)
+    for folder in (VELA_FOLDER, STAGE_FOLDER):
+        shutil.rmtree(output / folder, ignore_errors=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _pack(networks: Networks, output: Path) -> Any:
+    """Write the compressed model's packed file and return its `PackedSize`."""
+    save_packed = getattr(torchclust, "save_packed", None)  # comes with torchclust.packing
+    if networks.compressed is None or save_packed is None:
+        return None
+    return save_packed(networks.compressed, output / PACKED_FILE)

@@ -1,0 +1,231 @@
+"""What a run amounts to: report.json for scripts, report.md and the terminal's table for a person.
+
+`assemble` makes report.json's content and everything else is drawn from that, so no two of them
+can tell different stories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import torchclust
+from torchclust.recipe import Recipe
+from torchclust.stages import Networks
+
+Report = dict[str, Any]
+_FILES = ("float", "clustered_float", "int8", "baseline_int8")
+_STAGES = {
+    "float": "trained, float",
+    "control": "control: trained on, never clustered, float",
+    "pruned": "pruned, float",
+    "before_finetune": "clustered, not trained since, float",
+    "clustered": "clustered and fine-tuned, float",
+    "int8": "**clustered, int8 file**",
+    "baseline_int8": "control, int8 file",
+}
+
+
+def assemble(
+    recipe: Recipe,
+    networks: Networks,
+    exported: Mapping[str, Any],
+    compiled: Mapping[str, Any],
+    packed: Any,
+    seconds: Mapping[str, float],
+    versions: Mapping[str, str],
+) -> Report:
+    """Return report.json's content. What was not run is null; accuracies are percentages."""
+    files = {name: exported.get(f"{name}.tflite", {}) for name in _FILES}
+    return {
+        "name": recipe.name,
+        "recipe": recipe.to_dict(),
+        "seed": recipe.seed,
+        "versions": dict(versions),
+        "seconds": dict(seconds),
+        "accuracy": {
+            **networks.accuracy,
+            "int8": files["int8"].get("accuracy"),
+            "baseline_int8": files["baseline_int8"].get("accuracy"),
+        },
+        "bytes": {
+            "float_tflite": files["float"].get("bytes"),
+            "float_tflite_zip": files["float"].get("zip"),
+            "clustered_float_tflite_zip": files["clustered_float"].get("zip"),
+            "int8_tflite": files["int8"].get("bytes"),
+            "int8_tflite_zip": files["int8"].get("zip"),
+            "baseline_int8_tflite_zip": files["baseline_int8"].get("zip"),
+            "packed": packed and packed.bytes,
+            "packed_entropy_bound": packed and packed.entropy_bound,
+        },
+        "tensors": _tensors(networks, files["int8"].get("codes", {})),
+        "vela": _vela(compiled),
+        "export": {
+            "sqnr_db": files["int8"].get("sqnr_db"),
+            "top1_agreement": files["int8"].get("top1_agreement"),
+            "float_operators": files["int8"].get("float_operators"),
+        },
+    }
+
+
+def _tensors(networks: Networks, codes: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Return one row per parameter tensor of the compressed (else the trained) model."""
+    model = networks.trained if networks.compressed is None else networks.compressed
+    return [
+        {
+            "name": row.name,
+            "shape": list(row.shape),
+            "n_clusters": row.n_clusters,
+            "distinct_weights": row.distinct,
+            "int8_codes": codes.get(row.name),
+            "entropy_bits": row.entropy_bits,
+            "skipped": row.skipped,
+        }
+        for row in torchclust.summary(model).rows
+    ]
+
+
+def _vela(compiled: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Vela's figures of the compressed file, and the baseline's beside them."""
+    ours, baseline = compiled.get("int8.tflite", {}), compiled.get("baseline_int8.tflite", {})
+    either = ours or baseline
+    found = {key: either.get(key) for key in ("accelerator", "system_config", "memory_mode")}
+    found["version"] = either.get("vela_version")
+    for key in ("encoded_weight_bytes", "flash_bytes", "sram_bytes", "cycles", "cpu_ops"):
+        found[key] = ours.get(key)
+    for key in ("encoded_weight_bytes", "flash_bytes", "cycles"):
+        found[f"baseline_{key}"] = baseline.get(key)
+    return {**found, "cpu_operators": ours.get("cpu_operators", [])}
+
+
+def gains(report: Report) -> list[tuple[str, str, str, str]]:
+    """Return the rows (what, not clustered, clustered, gain) of whatever the run measured."""
+    accuracy, size, vela = report["accuracy"], report["bytes"], report["vela"]
+    chip = f"Vela {vela['version']}, {vela['accelerator']}"
+    sizes = [
+        ("float .tflite, zipped", size["float_tflite_zip"], size["clustered_float_tflite_zip"]),
+        ("int8 .tflite, zipped", size["baseline_int8_tflite_zip"], size["int8_tflite_zip"]),
+        ("packed model, from float32", size["float_tflite"], size["packed"]),
+        (
+            f"encoded weights ({chip})",
+            vela["baseline_encoded_weight_bytes"],
+            vela["encoded_weight_bytes"],
+        ),
+        ("flash", vela["baseline_flash_bytes"], vela["flash_bytes"]),
+    ]
+    found = []
+    before, after = accuracy["baseline_int8"], accuracy["int8"]
+    if before is not None and after is not None:
+        found.append(("int8 accuracy", _percent(before), _percent(after), _points(before, after)))
+    for what, before, after in sizes:
+        if before and after:
+            found.append((what, _kib(before), _kib(after), _factor(before, after)))
+    before, after = vela["baseline_cycles"], vela["cycles"]
+    if before and after:
+        found.append(("cycles", f"{before:,}", f"{after:,}", _factor(before, after, "fewer")))
+    return found
+
+
+def markdown(report: Report) -> str:
+    """Return report.md."""
+    lines = [f"# {report['name']}", "", *_headline(report)]
+    table = gains(report)
+    if table:
+        lines += ["", "## What was gained", ""]
+        lines += _table(("", "not clustered", "clustered", "gain"), table)
+        lines += ["", "*Not clustered* is the control: the same trained model, trained on for as "]
+        lines[-1] += "many epochs at the same rate as the clustered one. 1 KiB is 1,024 bytes."
+    lines += ["", "![sizes, accuracies, weights and centroids](report.png)"]
+    accuracy = report["accuracy"]
+    stages = [(label, _percent(accuracy[k])) for k, label in _STAGES.items() if accuracy[k]]
+    lines += ["", "## Accuracy on the test images", "", *_table(("model", "accuracy"), stages)]
+    lines += ["", "## Tensors", "", *_tensor_table(report)]
+    lines += ["", "## How this was made", "", *_provenance(report)]
+    return "\n".join(lines) + "\n"
+
+
+def _headline(report: Report) -> list[str]:
+    """Return one sentence for those who read no further, and what needs attention, if anything."""
+    accuracy, vela = report["accuracy"], report["vela"]
+    clustered = [row for row in report["tensors"] if row["n_clusters"]]
+    if not clustered:
+        return ["Nothing was clustered."]
+    most = max(row["distinct_weights"] for row in clustered)
+    text = f"{len(clustered)} weight tensors hold at most {most} values each"
+    codes = [row["int8_codes"] for row in clustered if row["int8_codes"] is not None]
+    if codes:
+        text += f", and at most {max(codes)} codes in the int8 file"
+    if accuracy["int8"] is not None and accuracy["baseline_int8"] is not None:
+        change = _points(accuracy["baseline_int8"], accuracy["int8"])
+        text += f". Accuracy: {_percent(accuracy['int8'])} ({change})"
+    if vela["cpu_ops"]:
+        text += f". **{vela['cpu_ops']} operators are left to the CPU**: "
+        text += "; ".join(vela["cpu_operators"])
+    return [text + "."]
+
+
+def _tensor_table(report: Report) -> list[str]:
+    """Return the clustered tensors as a table, then the others by the reason why they are not."""
+    rows, reasons = [], {}
+    for row in report["tensors"]:
+        name, entropy = f"`{row['name']}`", row["entropy_bits"]
+        if row["n_clusters"] is None:
+            reasons.setdefault(row["skipped"], []).append(name)
+            continue
+        counts = [row[key] for key in ("n_clusters", "distinct_weights", "int8_codes")]
+        cells = ["-" if count is None else str(count) for count in counts]
+        rows.append((name, " x ".join(map(str, row["shape"])), *cells, f"{entropy:.2f}"))
+    head = ("tensor", "shape", "clusters", "distinct", "codes in int8 file", "entropy, bits")
+    lines = _table(head, rows) if rows else []
+    for reason, names in reasons.items():
+        lines += ["", f"Not clustered ({reason}): {', '.join(names)}"]
+    return lines
+
+
+def _provenance(report: Report) -> list[str]:
+    names = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report["seconds"].items())
+    return [
+        "`torchclust run report.json --output AGAIN` repeats it: the recipe is in there, and in "
+        f"recipe.yaml. Seed {report['seed']}; {names}. Time: {spent}.",
+    ]
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    rule = ("---", *["---:"] * (len(head) - 1))
+    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2f} %"
+
+
+def _points(before: float, after: float) -> str:
+    return f"{after - before:+.2f} points"
+
+
+def _kib(value: float) -> str:
+    return f"{value / 1024:,.1f} KiB"
+
+
+def _factor(before: float, after: float, less: str = "smaller") -> str:
+    if after > before:
+        return f"{after / before:.2f}x {'more' if less == 'fewer' else 'larger'}"
+    return f"{before / after:.2f}x {less}"
+
+
+def show(report: Report, output: Path) -> None:
+    """Print the gains as a table, and where everything is."""
+    console = Console(highlight=False)
+    table = Table("", "not clustered", "clustered", "gain", title=report["name"])
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in gains(report):
+        table.add_row(*row)
+    if table.row_count:
+        console.print(table)
+    console.print(f"Everything is in {output}; begin with {output / 'report.md'}", markup=False)

@@ -1,0 +1,236 @@
+"""Run a recipe: train, prune, cluster, fine-tune, export, compile, report.
+
+Each stage's result is a file under ``DIR/stages`` whose name holds a digest of everything that it
+depends on (the recipe's sections so far, the checkpoint, the versions). So a stage that is done is
+neither run again nor reused by mistake: an interrupted run goes on where it was, and a sweep
+trains once.
+
+The *control* is the unclustered model, trained as long as the clustered one, at the same rates and
+from the same start. Every "baseline" in the report is the control's.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import nn
+
+import torchclust
+from torchclust.data import loader
+from torchclust.lightning import WeightClustering
+from torchclust.prepare import Prepared, clustered_copy
+from torchclust.recipe import Recipe
+from torchclust.training import GradualPruning, accuracy, fit
+
+Result = dict[str, Any]
+EVALUATION_BATCH = 250
+
+
+@dataclass
+class Stages:
+    """The stages of one run: stored results, and what each new one depends on.
+
+    Args:
+        folder: where results are stored.
+        say: told what is going on, one line at a time.
+        progress: whether training shows its progress bar.
+    """
+
+    folder: Path
+    say: Callable[[str], None] = lambda line: None
+    progress: bool = True
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def result(
+        self,
+        name: str,
+        depends: Any,
+        compute: Callable[[], Result],
+        *,
+        is_whole: Callable[[Result], bool] = lambda result: True,
+    ) -> Result:
+        """Return the stored result of a stage, or compute and store it.
+
+        A result holds tensors, numbers, strings, lists and dicts. It is written under another name
+        and then renamed, so a file that is there is complete; `is_whole` says whether what the
+        result tells of outside that file is still there.
+        """
+        text = json.dumps([versions(), depends], sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        file = self.folder / f"{name}-{digest}.pt"
+        if file.exists():
+            stored: Result = torch.load(file, weights_only=True)
+            if is_whole(stored):
+                self.say(f"{name}: done before")
+                self.seconds[name] = stored["seconds"]
+                return stored
+        self.say(f"{name} ...")
+        started = time.perf_counter()
+        computed = compute()
+        self.seconds[name] = round(time.perf_counter() - started, 2)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        torch.save({**computed, "seconds": self.seconds[name]}, partial)
+        os.replace(partial, file)
+        return computed
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The models that a report compares, in eval mode, and their accuracies in percent.
+
+    Attributes:
+        trained: before any compression.
+        control: never compressed, trained as long as `compressed`.
+        compressed: pruned, clustered, fine-tuned, its clusterings still in place; None when the
+            recipe does neither.
+        accuracy: of ``float`` (trained), ``control``, ``pruned``, ``before_finetune`` (clustered,
+            not trained since) and ``clustered`` (`compressed`); None for what there is not.
+    """
+
+    trained: nn.Module
+    control: nn.Module
+    compressed: nn.Module | None
+    accuracy: dict[str, float | None]
+
+
+def train_networks(prepared: Prepared, stages: Stages) -> Networks:
+    """Run the stages ``train``, ``prune``, ``control``, ``cluster`` and ``finetune``."""
+    recipe, training = prepared.recipe, _Training(prepared, stages)
+    accuracy: dict[str, float | None] = dict.fromkeys(
+        ("float", "control", "pruned", "before_finetune", "clustered")
+    )
+    trained, accuracy["float"] = training.train()
+    if recipe.prune is None and recipe.cluster is None:
+        return Networks(trained, trained, None, {**accuracy, "control": accuracy["float"]})
+    control, accuracy["control"] = training.control(trained)
+    compressed = trained
+    if recipe.prune is not None:
+        compressed, accuracy["pruned"] = training.prune(trained)
+        accuracy["clustered"] = accuracy["pruned"]
+    if recipe.cluster is not None:
+        compressed, accuracy["before_finetune"] = training.cluster(compressed)
+        accuracy["clustered"] = accuracy["before_finetune"]
+        if recipe.finetune is not None and recipe.finetune.epochs:
+            compressed, accuracy["clustered"] = training.finetune(compressed)
+    return Networks(trained, control, compressed, accuracy)
+
+
+class _Training:
+    """One method per stage: each returns the stage's model and its accuracy."""
+
+    def __init__(self, prepared: Prepared, stages: Stages) -> None:
+        self.recipe, self.data, self.start = prepared.recipe, prepared.data, prepared.model
+        self.stages = stages
+        self.origin = origin(self.recipe)
+
+    def train(self) -> tuple[nn.Module, float]:
+        section = self.recipe.train
+        epochs = section.epochs if section else 0
+        return self._stage("train", {}, lambda: self._fit(self.start, [(epochs, self.recipe.lr)]))
+
+    def control(self, trained: nn.Module) -> tuple[nn.Module, float]:
+        prune, finetune = self.recipe.prune, self.recipe.finetune
+        plan = [(prune.epochs, self.recipe.lr)] if prune else []
+        plan += [(finetune.epochs, self.recipe.lr * finetune.lr_scale)] if finetune else []
+        return self._stage("control", {"plan": plan}, lambda: self._fit(trained, plan))
+
+    def cluster(self, start: nn.Module) -> tuple[nn.Module, float]:
+        depends = self._sections("prune", "cluster")
+        return self._stage("cluster", depends, lambda: clustered_copy(self.recipe, start))
+
+    def finetune(self, clustered: nn.Module) -> tuple[nn.Module, float]:
+        section = self.recipe.finetune
+        assert section is not None
+        plan = [(section.epochs, self.recipe.lr)]
+        depends = self._sections("prune", "cluster", "finetune")
+        # The model is clustered already, by its own parameter names: the callback lowers the rate.
+        callback = WeightClustering(lr_scale=section.lr_scale, strip=False)
+        return self._stage("finetune", depends, lambda: self._fit(clustered, plan, [callback]))
+
+    def prune(self, trained: nn.Module) -> tuple[nn.Module, float]:
+        section = self.recipe.prune
+        assert section is not None
+        plan = [(section.epochs, self.recipe.lr)]
+
+        def pruned() -> nn.Module:
+            return self._fit(trained, plan, [GradualPruning(section.sparsity)])
+
+        return self._stage("prune", self._sections("prune"), pruned)
+
+    def _fit(
+        self,
+        start: nn.Module,
+        plan: list[tuple[int, float]],
+        callbacks: Sequence[Callback] = (),
+    ) -> nn.Module:
+        """Train a copy of `start` for each (epochs, learning rate) of the plan."""
+        model = copy.deepcopy(start)
+        for epochs, lr in plan:
+            if epochs:
+                batch_size, seed = self.recipe.data.batch_size, self.recipe.seed
+                fit(
+                    model,
+                    loader(self.data.train, batch_size, seed=seed),
+                    epochs=epochs,
+                    lr=lr,
+                    seed=seed,
+                    callbacks=callbacks,
+                    progress=self.stages.progress,
+                )
+        return model
+
+    def _sections(self, *names: str) -> dict[str, Any]:
+        dumped = self.recipe.to_dict()
+        return {name: dumped.get(name) for name in names}
+
+    def _stage(
+        self, name: str, depends: dict[str, Any], make: Callable[[], nn.Module]
+    ) -> tuple[nn.Module, float]:
+        """Return a stage's model as its stored state gives it, also when it was just computed.
+
+        So an interrupted and an uninterrupted run can not differ in what a model carries beside
+        its state.
+        """
+
+        def compute() -> Result:
+            model = make().eval()
+            percent = accuracy(model, loader(self.data.test, EVALUATION_BATCH))
+            return {"state": model.state_dict(), "accuracy": percent}
+
+        result = self.stages.result(name, [self.origin, depends], compute)
+        model = torchclust.restore_(copy.deepcopy(self.start), result["state"]).eval()
+        return model, result["accuracy"]
+
+
+def origin(recipe: Recipe) -> dict[str, Any]:
+    """Return what every stage depends on: seed, data, model, its checkpoint's content, training."""
+    dumped = recipe.to_dict()
+    found = {key: dumped.get(key) for key in ("seed", "data", "model", "train")}
+    if recipe.model.checkpoint is not None:
+        found["checkpoint"] = hashlib.sha256(recipe.model.checkpoint.read_bytes()).hexdigest()
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version(), "torchclust": torchclust.__version__}
+    for name in ("torch", "numpy", "pytorch-lightning", "litert-torch", "ai-edge-quantizer",
+                 "ai-edge-litert", "ethos-u-vela"):  # fmt: skip
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
