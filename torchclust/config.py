@@ -183,7 +183,7 @@ def resolve_rules(
     """
     chosen: list[tuple[ClusterConfig | None, bool] | None] = [None] * len(candidates)
     for pattern, config in _as_mapping(rules, options).items():
-        matches = [i for i, c in enumerate(candidates) if _matches(pattern, c)]
+        matches = [i for i, c in enumerate(candidates) if reaches(pattern, c)]
         if not matches:
             _complain(_matches_nothing(pattern, candidates), strict)
         usual = [i for i in matches if candidates[i].skip is None]
@@ -273,7 +273,8 @@ def _check_fields(given: Mapping[str, Any], where: str) -> None:
             raise TypeError(f"unknown option {key!r} in {where.format(key)}; {hint}")
 
 
-def _matches(pattern: str, candidate: Candidate) -> bool:
+def reaches(pattern: str, candidate: Candidate) -> bool:
+    """Whether a pattern reaches a tensor: as a module class name, or as a glob over its names."""
     return pattern in candidate.classes or any(
         fnmatch.fnmatchcase(name, pattern) for name in candidate.names
     )

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from torchclust.config import TOO_SMALL, Candidate, ClusterConfig, Decision, Rules, resolve_rules
+from torchclust.config import (
+    TOO_SMALL,
+    Candidate,
+    ClusterConfig,
+    Decision,
+    Rules,
+    reaches,
+    resolve_rules,
+)
 from torchclust.parametrization import (
     ClusteredWeight,
     config_from_bytes,
@@ -303,8 +311,10 @@ def restore_structure_(model: nn.Module, state: Mapping[str, Any]) -> None:
                 f"parameter: restore_ needs the architecture that was saved"
             )
     present = {
-        (path.rpartition(".")[0], name): _layout(_parametrizations(module)[name].state_dict())
-        for path, module, name in _clustered_places(model)
+        (path, name): _layout(holder.state_dict())
+        for path, module in modules.items()
+        for name, holder in _parametrizations(module).items()
+        if _parametrization(module, name) is not None
     }
     if present == {place: _layout(tensors) for place, tensors in fits.items()}:
         return  # it fits already, and an optimizer may hold these very parameters
@@ -312,7 +322,8 @@ def restore_structure_(model: nn.Module, state: Mapping[str, Any]) -> None:
     for slot in _slots(model):
         path, _, name = slot.candidate.name.rpartition(".")
         if (path, name) in fits:
-            tensors = fits[path, name]
+            device = _underlying(slot.module, slot.tensor_name).device
+            tensors = {key: tensor.to(device) for key, tensor in fits[path, name].items()}
             _attach(slot, _make(slot, config_from_bytes(tensors["config_json"]), tensors))
 
 
@@ -360,6 +371,16 @@ def live_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         yield {
             slot.candidate.name: getattr(slot.module, slot.tensor_name) for slot in _slots(model)
         }
+
+
+def parameters_matching(model: nn.Module, pattern: str) -> list[nn.Parameter]:
+    """The parameters behind every tensor that a pattern reaches, as it reaches them in a rule."""
+    return [
+        parameter
+        for slot in _slots(model)
+        if reaches(pattern, slot.candidate)
+        for parameter in _parameters_behind(slot.module, slot.tensor_name)
+    ]
 
 
 def _fit_slot(
@@ -569,6 +590,14 @@ def _n_elements(module: nn.Module, name: str, parameter: Tensor) -> int:
             weight: Tensor = getattr(module, name)
             return weight.numel()
     return parameter.numel()
+
+
+def _parameters_behind(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """From which the tensor is computed; the tensor itself where it is plain."""
+    if parametrize.is_parametrized(module, name):
+        return list(_parametrizations(module)[name].parameters())
+    stored = [module._parameters.get(name + suffix) for suffix in ("", "_orig", "_g", "_v")]
+    return [parameter for parameter in stored if parameter is not None]
 
 
 def _underlying(module: nn.Module, name: str) -> Tensor:
