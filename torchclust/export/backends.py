@@ -35,8 +35,8 @@ def litert_torch() -> Any:
     return module
 
 
-def quantizer() -> tuple[Any, Any]:
-    """The quantizer's `quantizer` and `recipe` modules, under either of the package's names."""
+def quantizer() -> tuple[Any, Any, Any]:
+    """The quantizer's modules `quantizer`, `recipe`, `qtyping`, under either package name."""
     for name in _QUANTIZERS:
         try:
             package: Any = _load(name)
@@ -45,7 +45,8 @@ def quantizer() -> tuple[Any, Any]:
                 raise
             continue
         break
-    return _load(f"{package.__name__}.quantizer"), _load(f"{package.__name__}.recipe")
+    root = package.__name__
+    return _load(f"{root}.quantizer"), _load(f"{root}.recipe"), _load(f"{root}.qtyping")
 
 
 def interpreter() -> Any:

@@ -82,7 +82,7 @@ def observe(
     for sample in inputs:
         run(sample)
         for index, histogram in histograms.items():
-            histogram.add(run.tensor(index))
+            histogram.add(run.tensor(index), count=method != "minmax")
     if any(h.low > h.high for h in histograms.values()):
         raise ValueError(
             "calibration is empty: there is nothing to observe ranges on. An iterator that was "
@@ -113,13 +113,15 @@ class Histogram:
     limit: float = 0.0
     counts: Array = field(default_factory=lambda: np.zeros(_BINS, np.int64))
 
-    def add(self, values: Array) -> None:
-        """Count the values of one tensor."""
+    def add(self, values: Array, *, count: bool = True) -> None:
+        """Take in one tensor's values; without ``count`` only their least and largest."""
         self.low = min(self.low, float(values.min()))
         self.high = max(self.high, float(values.max()))
         peak = max(-self.low, self.high)
         if not math.isfinite(peak):
             raise ValueError("calibration made an activation infinite or NaN in the float model")
+        if not count:
+            return
         if peak > 0 and self.limit == 0:
             self.limit = 2.0 ** math.ceil(math.log2(peak))
         while self.limit < peak:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from torchclust.export.graph import Graph, Weight
 from torchclust.export.layout import Prepared
 from torchclust.model import Clustering, named_clusterings
 
+_FEW = 3  # values that an ordinary parameter may hold too: zeros, ones, a sign
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -74,11 +76,7 @@ def find_clustered(graph: Graph, trained: Sequence[Trained], used: frozenset[str
             found.append(Placed(weight, matched))
     for t in trained:
         if t.name in used and not _is_placed(found, t):
-            raise ExportError(
-                f"no weight of the converted file is {t.name!r} {t.weight.shape} up to a factor "
-                f"per channel, so its codes cannot be kept.\n"
-                f'Leave it out:  cluster_(model, {{"*": {t.n_clusters}, "{t.name}": None}})'
-            )
+            _report_unplaced(t)
     return found
 
 
@@ -114,6 +112,21 @@ def _with_columns(trained: Trained, columns: Tensor | None) -> Trained:
 
 def _is_placed(found: Sequence[Placed], trained: Trained) -> bool:
     return any(placed.matched.trained is trained for placed in found)
+
+
+def _report_unplaced(trained: Trained) -> None:
+    """An error for a tensor that is clustered; what only looks so (a constant) may well be none."""
+    lost = (
+        f"no weight of the converted file is {trained.name!r} {trained.weight.shape} up to a "
+        f"factor per channel, so its codes cannot be kept"
+    )
+    if not trained.recovered:
+        raise ExportError(
+            f"{lost}.\nLeave it out:  "
+            f'cluster_(model, {{"*": {trained.n_clusters}, "{trained.name}": None}})'
+        )
+    if trained.n_clusters > _FEW:
+        warnings.warn(f"{lost}, if it was clustered: it holds few values", stacklevel=4)
 
 
 def _check_count(matched: Matched) -> None:

@@ -38,7 +38,8 @@ class Trained:
     ``codes``: int8, the parameter's shape. ``groups``: int64, which codebook each output channel
     uses, of shape (output channels,); all 0 where one codebook serves the tensor. ``n_clusters``:
     most codes per codebook. ``symmetric``: the codebook equals its mirror image (int8 codebooks).
-    ``channel_axis``: the parameter's axis of output channels.
+    ``channel_axis``: the parameter's axis of output channels. ``recovered``: known from the values
+    only.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Trained:
     n_clusters: int
     symmetric: bool
     channel_axis: int = 0
+    recovered: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,32 +91,28 @@ def recover(name: str, weight: Array, channel_axis: int = 0) -> Trained | None:
     codes is taken. A chance hit on an unclustered tensor is harmless: its codes then represent
     it better than rounding would.
     """
-    rows = np.moveaxis(np.asarray(weight), channel_axis, 0)
-    rows = rows.reshape(len(rows), -1)
     if weight.ndim < 2 or not np.isfinite(weight).all():
         return None
-    one = np.zeros(len(rows), np.int64)
-    values = _few_values(rows)
-    codes = recover_int8(rows)
-    found: tuple[Array, int, bool] | None = None
-    if codes is not None:
-        count = _symmetric_size(codes)
-        if (values is None or count <= values) and (count <= rows.size // 2 or count <= 3):
-            shaped = codes.reshape(np.moveaxis(weight, channel_axis, 0).shape)
-            found = (np.moveaxis(shaped, 0, channel_axis), count, True)
-    if found is None and values is not None:
-        found = (quantize_codebook(weight, one, channel_axis), values, False)
-    if found is not None:
-        return Trained(name, weight, found[0], one, found[1], found[2], channel_axis)
-    per_row = 0
-    for row in rows:
-        values = _few_values(row)
-        if values is None:
+    channels_first = np.moveaxis(np.asarray(weight), channel_axis, 0)
+    rows = channels_first.reshape(len(channels_first), -1)
+    groups = np.zeros(len(rows), np.int64)
+    values, integers = _few_values(rows), recover_int8(rows)
+    count = rows.size if integers is None else _symmetric_size(integers)
+    symmetric = count <= min(values or rows.size, max(3, rows.size // 2))
+    if symmetric and integers is not None:
+        codes = np.moveaxis(integers.reshape(channels_first.shape), 0, channel_axis)
+    elif values is not None:
+        count, codes = values, quantize_codebook(weight, groups, channel_axis)
+    else:
+        few = (_few_values(row) for row in rows)
+        by_channel = [n for n in itertools.takewhile(lambda n: n is not None, few) if n]
+        if len(by_channel) < len(rows):
             return None
-        per_row = max(per_row, values)
-    groups = np.arange(len(rows))
-    codes = quantize_codebook(weight, groups, channel_axis)
-    return Trained(name, weight, codes, groups, per_row, False, channel_axis)
+        count, groups = max(by_channel), np.arange(len(rows))
+        codes = quantize_codebook(weight, groups, channel_axis)
+    if count < 2 or not codes.any():
+        return None
+    return Trained(name, weight, codes, groups, count, symmetric, channel_axis, recovered=True)
 
 
 def recover_int8(rows: Array) -> Array | None:

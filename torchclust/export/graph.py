@@ -124,13 +124,12 @@ class Graph:
         """The operators that read a tensor."""
         return [operator for operator in self.operators if tensor.index in operator.inputs]
 
-    def bias(self, operator: Operator) -> Tensor | None:
+    def bias(self, operator: Operator) -> Array | None:
         """The operator's constant bias, or None."""
         operand = _BIAS_OPERAND.get(operator.name, 2)
         if operand >= len(operator.inputs) or operator.inputs[operand] < 0:
             return None
-        tensor = self.tensors[operator.inputs[operand]]
-        return tensor if tensor.data is not None else None
+        return self.tensors[operator.inputs[operand]].data
 
     def activation(self, operator: Operator) -> Tensor:
         """The input that the operator multiplies its weight by."""

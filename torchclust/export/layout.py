@@ -1,31 +1,24 @@
 """The model as it is converted: a plain float32 copy, batch 1, channels last at its ends.
 
 The accelerator's layout is NHWC, torch's is NCHW. Inside the graph the converter moves to NHWC by
-itself; what it cannot know is handled here: inputs and outputs, and a Linear that reads a flattened
-map, whose columns must be permuted, or a TRANSPOSE stays in the file.
+itself; here are the ends, and `rewrites` has what else it cannot know.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from torchclust.export import rewrites
 from torchclust.export.backends import ExportError, quietly
 from torchclust.model import strip_
 
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-
-# Operators that neither move nor mix elements, so a permutation passes through them.
-_POINTWISE = ("dropout", "clone", "contiguous", "alias", "detach", "detach_", "relu", "relu_", "to")
-_RESHAPES = ("view", "reshape", "flatten", "_unsafe_view")
-# Operators whose map the converter keeps in NHWC.
-_SPATIAL = ("conv", "pool", "batch_norm", "upsample", "pixel_shuffle")
 
 
 class Deployed(nn.Module):
@@ -51,27 +44,6 @@ class Deployed(nn.Module):
         ]
         outputs = call(self.model, self.keys, args)
         return tuple(channels_last(y) if self.last and y.ndim == 4 else y for y in outputs)
-
-
-class FromChannelsLast(nn.Module):
-    """A Linear whose columns follow the order (spatial, C) though its input is (C, spatial).
-
-    The reshape back to the map and its permutation cancel against what the converter put before
-    the flattening, so none of them is left in the file.
-    """
-
-    def __init__(self, linear: nn.Linear, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        # A converter's 1-D map is (C, 1, L): with the same unit axis here, both cancel.
-        self.shape = shape if len(shape) > 2 else (shape[0], 1, *shape[1:])
-        self.columns = column_order(shape)
-        self.linear = linear
-        self.linear.weight = nn.Parameter(linear.weight.detach()[:, self.columns])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to the flattened (N, C * spatial) map."""
-        y: Tensor = self.linear(channels_last(x.reshape(-1, *self.shape)).flatten(1))
-        return y
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,16 +92,14 @@ def prepare(model: nn.Module, example: Inputs, *, last: bool) -> Prepared:
     """
     plain = _plain_copy(model)
     keys, args = named_inputs(example)
-    args = tuple(_batch_of_one(x) for x in args)
+    args = _batch_of_one(args)
     program = _trace(plain, keys, args)
-    moved = tuple(last and _is_map(program, i, x) for i, x in enumerate(args))
-    deployed = copy.deepcopy(plain)
-    columns = {}
-    for name, shape in _flattened_linears(program, moved).items():
-        owner, _, attribute = name.rpartition(".")
-        if attribute == "weight" and _permute_linear(deployed, owner, shape):
-            columns[name] = column_order(shape)
-    module = Deployed(deployed, keys, moved, last).eval()
+    names = tuple(str(name) for name in program.graph_signature.user_inputs)
+    moved = tuple(last and _is_map(program, n, x) for n, x in zip(names, args, strict=True))
+    changed = copy.deepcopy(plain)
+    columns = rewrites.permute_flattened(changed, program, dict(zip(names, moved, strict=True)))
+    rewrites.fold_batch_norm_1d(changed, program)
+    module = Deployed(changed, keys, moved, last).eval()
     example_inputs = tuple(channels_last(x) if m else x for x, m in zip(args, moved, strict=True))
     return Prepared(module, example_inputs, plain, columns, _used(program))
 
@@ -176,12 +146,6 @@ def channels_first(x: Tensor) -> Tensor:
     return x.permute(0, x.ndim - 1, *range(1, x.ndim - 1))
 
 
-def column_order(shape: tuple[int, ...]) -> Tensor:
-    """For each column of the channels-last order, its place in the flattened (C, spatial) map."""
-    order = torch.arange(math.prod(shape)).view(shape)
-    return order.permute(*range(1, len(shape)), 0).reshape(-1)
-
-
 def module_of(tensor_name: str, root: nn.Module) -> str | None:
     """The path of the torch module that made a tensor, from the name the converter gave it.
 
@@ -218,12 +182,11 @@ def _plain_copy(model: nn.Module) -> nn.Module:
     return plain
 
 
-def _batch_of_one(x: Tensor) -> Tensor:
-    x = x.detach().to("cpu")
-    x = x.float() if x.is_floating_point() else x
-    if x.ndim == 0:
-        raise ValueError("example_inputs must have a batch dimension, got a scalar")
-    return x[:1].contiguous()
+def _batch_of_one(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if any(x.ndim == 0 for x in args):
+        raise ValueError("example_inputs need a batch dimension, got a scalar")
+    floats = (x.detach().to("cpu") for x in args)
+    return tuple((x.float() if x.is_floating_point() else x)[:1].contiguous() for x in floats)
 
 
 def _trace(
@@ -245,97 +208,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _name(node: torch.fx.Node) -> str:
-    """The operator's name without overload: ``max_pool2d`` of ``aten.max_pool2d.default``."""
-    target: Any = node.target
-    return str(getattr(target, "_opname", "")) if node.op == "call_function" else ""
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def _source(node: torch.fx.Node) -> torch.fx.Node | None:
-    """The first tensor argument of an operator."""
-    argument = node.args[0] if node.args else None
-    if isinstance(argument, (list, tuple)):
-        argument = argument[0] if argument else None
-    return argument if isinstance(argument, torch.fx.Node) else None
-
-
-def _user_inputs(program: torch.export.ExportedProgram) -> tuple[str, ...]:
-    return tuple(str(name) for name in program.graph_signature.user_inputs)
-
-
-def _is_map(program: torch.export.ExportedProgram, index: int, x: Tensor) -> bool:
+def _is_map(program: torch.export.ExportedProgram, name: str, x: Tensor) -> bool:
     """Whether an input is a map whose channels come first: 4-D or more, or read by a 1-D layer."""
     if x.ndim != 3:
         return x.ndim > 3
-    name = _user_inputs(program)[index]
     users = [u for node in program.graph.nodes if node.name == name for u in node.users]
-    return any("1d" in _name(u) or "batch_norm" in _name(u) for u in users)
-
-
-def _flattened_linears(
-    program: torch.export.ExportedProgram, moved: tuple[bool, ...]
-) -> dict[str, tuple[int, ...]]:
-    """Parameters of Linears that read a flattened map, with the map's shape (C, spatial...)."""
-    parameters = program.graph_signature.inputs_to_parameters
-    inputs = dict(zip(_user_inputs(program), moved, strict=True))
-    found: dict[str, set[tuple[int, ...] | None]] = {}
-    for node in program.graph.nodes:
-        for weight in node.all_input_nodes:
-            if weight.name in parameters:
-                is_weight = _name(node) == "linear" and node.args[1] is weight
-                shape = _flattened(node, inputs) if is_weight else None
-                found.setdefault(parameters[weight.name], set()).add(shape)
-    shapes = {name: next(iter(s)) for name, s in found.items() if len(s) == 1}
-    return {name: shape for name, shape in shapes.items() if shape is not None}
-
-
-def _flattened(linear: torch.fx.Node, inputs: Mapping[str, bool]) -> tuple[int, ...] | None:
-    """The map's shape if ``linear`` reads a flattened NHWC map of more than one pixel, or None."""
-    node = _source(linear)
-    while node is not None and _name(node) in _POINTWISE:
-        node = _source(node)
-    if node is None or _name(node) not in _RESHAPES:
-        return None
-    source = _source(node)
-    shape = _shape(source)
-    if source is None or len(shape) < 3 or _shape(node) != (1, math.prod(shape)):
-        return None
-    trivial = shape[1] == 1 or math.prod(shape[2:]) == 1
-    return None if trivial or not _is_channels_last(source, inputs) else shape[1:]
-
-
-def _is_channels_last(node: torch.fx.Node | None, inputs: Mapping[str, bool]) -> bool:
-    """Whether the converter holds this map in NHWC: it comes from a spatial layer, or is moved."""
-    rank = len(_shape(node))
-    while node is not None and len(_shape(node)) == rank:
-        if node.op == "placeholder":
-            return inputs.get(node.name, False)
-        if any(kind in _name(node) for kind in _SPATIAL):
-            return True
-        if _name(node) in (*_RESHAPES, "permute", "transpose"):
-            return False
-        node = _source(node)
-    return False
-
-
-def _permute_linear(model: nn.Module, owner: str, shape: tuple[int, ...]) -> bool:
-    """Replace a Linear by one that reads its map channels last; False where it is not a Linear."""
-    linear = model.get_submodule(owner)
-    names = [
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter is getattr(linear, "weight", None)
-    ]
-    if type(linear) is not nn.Linear or not owner or len(names) != 1:
-        return False
-    parent, _, attribute = owner.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, FromChannelsLast(linear, shape))
-    return True
+    return any("1d" in rewrites.operator(u) or "batch_norm" in rewrites.operator(u) for u in users)
 
 
 def _used(program: torch.export.ExportedProgram) -> frozenset[str]:

@@ -17,7 +17,8 @@ from torchclust.export.graph import Array, Graph, Operator
 _BIAS_LIMIT = 2.0**30
 # The quantizer takes no smaller one (its bound on a range is 1e-9).
 _LEAST_SCALE = 1e-11
-_TABLES = ("EMBEDDING_LOOKUP", "GATHER")
+# Constants of these get one scale for the tensor, and the quantizer chooses it.
+_PER_TENSOR = ("GATHER", "BATCH_MATMUL")
 
 
 def quantize(
@@ -46,10 +47,12 @@ def quantize(
         if scale is not None:
             bound = weight.by_channel(LARGEST * scale)
             ranges[weight.tensor.name] = {"min": -bound, "max": bound}
-    quantizer, recipe = backends.quantizer()
+    quantizer, recipe, types = backends.quantizer()
     try:
         with backends.quietly():
             work = quantizer.Quantizer(bytes(content), recipe.static_wi8_ai8())
+            # The static recipe leaves tables in float; this stores them as int8, one scale a row.
+            work.add_dynamic_config(".*", types.TFLOperationName.EMBEDDING_LOOKUP, num_bits=8)
             result = work.quantize(ranges, enable_progress_report=False)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -68,7 +71,7 @@ def _set_weights(
     clustered = {p.weight.tensor.index: p.matched for p in placed}
     scales = {}
     for weight in graph.weights():
-        if weight.tensor.dtype != "float32" or weight.operator.name in _TABLES:
+        if weight.tensor.dtype != "float32" or weight.operator.name in _PER_TENSOR:
             continue
         matched = clustered.get(weight.tensor.index)
         own = np.abs(weight.matrix).max(axis=1) / LARGEST if matched is None else matched.scales
@@ -91,7 +94,7 @@ def _least_scale(graph: Graph, operator: Operator, observed: Mapping[str, Range]
     step_in = _step(observed.get(graph.activation(operator).name))
     step_out = _step(observed.get(graph.tensors[operator.outputs[0]].name))
     bias = graph.bias(operator)
-    largest = np.abs(bias.data) if bias is not None and bias.data is not None else np.zeros(1)
+    largest = np.zeros(1) if bias is None else np.abs(bias.reshape(-1))
     least = np.maximum(largest, step_out) / (step_in * _BIAS_LIMIT) if step_in else 0.0
     return np.maximum(least, _LEAST_SCALE)
 

@@ -1,0 +1,172 @@
+"""Rewrites of the copy that is converted, found in its traced graph.
+
+The converter gets nearly everything right by itself. Two things it cannot: it leaves a TRANSPOSE
+between a map and the Linear that reads it flattened, because the Linear's columns follow torch's
+order; and it does not fold a BatchNorm into a 1-D convolution, which it makes a 2-D one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+# Operators that neither move nor mix elements, so a permutation passes through them.
+_POINTWISE = ("dropout", "clone", "contiguous", "alias", "detach", "detach_", "relu", "relu_", "to")
+_RESHAPES = ("view", "reshape", "flatten", "_unsafe_view")
+_MOVES = (*_RESHAPES, "permute", "transpose", "unsqueeze", "squeeze")
+# Operators whose map the converter keeps in NHWC.
+_SPATIAL = ("conv", "pool", "batch_norm", "upsample", "pixel_shuffle")
+
+
+class FromChannelsLast(nn.Module):
+    """A Linear whose columns follow the order (spatial, C) though its input is (C, spatial).
+
+    The reshape back to the map and its permutation cancel against what the converter put before
+    the flattening, so none of them is left in the file.
+    """
+
+    def __init__(self, linear: nn.Linear, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        # A 1-D map is (C, 1, L) to the converter: with the same unit axis here, both cancel.
+        self.shape = shape if len(shape) > 2 else (shape[0], 1, *shape[1:])
+        self.linear = linear
+        self.linear.weight = nn.Parameter(linear.weight.detach()[:, column_order(shape)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to the flattened (N, C * spatial) map."""
+        maps = x.reshape(-1, *self.shape)
+        y: Tensor = self.linear(maps.permute(0, *range(2, maps.ndim), 1).flatten(1))
+        return y
+
+
+def column_order(shape: tuple[int, ...]) -> Tensor:
+    """For each column of the channels-last order, its place in the flattened (C, spatial) map."""
+    order = torch.arange(math.prod(shape)).view(shape)
+    return order.permute(*range(1, len(shape)), 0).reshape(-1)
+
+
+def permute_flattened(
+    model: nn.Module, program: torch.export.ExportedProgram, inputs_last: Mapping[str, bool]
+) -> dict[str, Tensor]:
+    """Replace Linears that read a flattened map; returns each one's column order by parameter name.
+
+    Args:
+        model: the copy, changed in place.
+        program: its trace.
+        inputs_last: for every input's name in the trace, whether the file has its channels last.
+    """
+    columns = {}
+    for name, shape in _flattened_linears(program, inputs_last).items():
+        owner, _, attribute = name.rpartition(".")
+        if attribute == "weight" and owner and _owns_alone(model, owner, nn.Linear):
+            linear = model.get_submodule(owner)
+            assert isinstance(linear, nn.Linear)
+            _replace(model, owner, FromChannelsLast(linear, shape))
+            columns[name] = column_order(shape)
+    return columns
+
+
+def fold_batch_norm_1d(model: nn.Module, program: torch.export.ExportedProgram) -> None:
+    """Fold every BatchNorm1d that only follows a Conv1d into it, in place."""
+    signature = program.graph_signature
+    for norm in program.graph.nodes:
+        conv = source(norm)
+        if operator(norm) != "batch_norm" or conv is None or operator(conv) != "conv1d":
+            continue
+        conv_path = _only_user_of(signature.inputs_to_parameters, conv.args[1])
+        norm_path = _only_user_of(signature.inputs_to_buffers, norm.args[3])
+        if not conv_path or not norm_path or len(conv.users) > 1:
+            continue
+        layer, statistics = model.get_submodule(conv_path), model.get_submodule(norm_path)
+        if type(layer) is nn.Conv1d and type(statistics) is nn.BatchNorm1d:
+            _replace(model, conv_path, fuse_conv_bn_eval(layer, statistics))
+            _replace(model, norm_path, nn.Identity())
+
+
+def operator(node: fx.Node) -> str:
+    """The operator's name without overload: ``max_pool2d`` of ``aten.max_pool2d.default``."""
+    target: Any = node.target
+    return str(getattr(target, "_opname", "")) if node.op == "call_function" else ""
+
+
+def source(node: fx.Node) -> fx.Node | None:
+    """The first tensor argument of an operator."""
+    argument = node.args[0] if node.args else None
+    if isinstance(argument, (list, tuple)):
+        argument = argument[0] if argument else None
+    return argument if isinstance(argument, fx.Node) else None
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _flattened_linears(
+    program: torch.export.ExportedProgram, inputs_last: Mapping[str, bool]
+) -> dict[str, tuple[int, ...]]:
+    """Parameters of Linears that only read flattened maps of one shape (C, spatial...)."""
+    parameters = program.graph_signature.inputs_to_parameters
+    found: dict[str, set[tuple[int, ...] | None]] = {}
+    for node in program.graph.nodes:
+        for weight in node.all_input_nodes:
+            if weight.name in parameters:
+                is_weight = operator(node) == "linear" and node.args[1] is weight
+                shape = _flattened(node, inputs_last) if is_weight else None
+                found.setdefault(parameters[weight.name], set()).add(shape)
+    shapes = {name: next(iter(s)) for name, s in found.items() if len(s) == 1}
+    return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+def _flattened(linear: fx.Node, inputs_last: Mapping[str, bool]) -> tuple[int, ...] | None:
+    """The map's shape if ``linear`` reads a flattened NHWC map of more than one pixel, or None."""
+    node = source(linear)
+    while node is not None and operator(node) in _POINTWISE:
+        node = source(node)
+    if node is None or operator(node) not in _RESHAPES:
+        return None
+    before = source(node)
+    shape = _shape(before)
+    if before is None or len(shape) < 3 or _shape(node) != (1, math.prod(shape)):
+        return None
+    trivial = shape[1] == 1 or math.prod(shape[2:]) == 1
+    return None if trivial or not _is_channels_last(before, inputs_last) else shape[1:]
+
+
+def _is_channels_last(node: fx.Node | None, inputs_last: Mapping[str, bool]) -> bool:
+    """Whether the converter holds this map in NHWC: it comes from a spatial layer, or is moved."""
+    rank = len(_shape(node))
+    while node is not None and len(_shape(node)) == rank:
+        if node.op == "placeholder":
+            return inputs_last.get(node.name, False)
+        if any(kind in operator(node) for kind in _SPATIAL):
+            return True
+        if operator(node) in _MOVES:
+            return False
+        node = source(node)
+    return False
+
+
+def _only_user_of(names: Mapping[str, str], node: Any) -> str:
+    """The path of the module that owns a parameter or buffer read only once, or ''."""
+    if not isinstance(node, fx.Node) or len(node.users) != 1:
+        return ""
+    return names.get(node.name, "").rpartition(".")[0]
+
+
+def _owns_alone(model: nn.Module, path: str, kind: type[nn.Module]) -> bool:
+    """Whether the module is exactly of that kind and shares its weight with no other."""
+    module = model.get_submodule(path)
+    weight = getattr(module, "weight", None)
+    everything = model.named_parameters(remove_duplicate=False)
+    return type(module) is kind and sum(p is weight for _, p in everything) == 1
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
