@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -39,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # With --json, standard output is the result's alone.
         with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
             result = args.act(args)
+        if args.json:
+            print(json.dumps(result, indent=2))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, a pager or head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(f"\ntorchclust: interrupted{args.how_to_resume(args)}", file=sys.stderr)
         return 130
@@ -48,8 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"torchclust: {_one_line(args.command, error)}", file=sys.stderr)
         return status
-    if args.json:
-        print(json.dumps(result, indent=2))
     return 0
 
 
@@ -164,7 +169,7 @@ def _run(args: argparse.Namespace) -> Any:
         say=_say(args),
         progress=not args.quiet,
     )
-    if not args.quiet:
+    if _tables(args):
         show(report, args.output)
     return report
 
@@ -178,16 +183,27 @@ def _check(args: argparse.Namespace) -> Any:
     prepared = prepare(recipe)
     model = clustered_copy(recipe, prepared.model) if recipe.cluster else prepared.model
     table = summary(model)
-    if not args.quiet:
+    if _tables(args):
         print(f"{args.recipe}: {recipe.name} is a valid recipe. Before any training:")
         print(table)
     return {"recipe": recipe.to_dict(), **table.to_dict()}
 
 
 def _sweep(args: argparse.Namespace) -> Any:
-    from torchclust.sweep import run_sweep
+    from torchclust.sweep import markdown, run_sweep
 
-    return run_sweep(args)
+    rows = run_sweep(
+        args.recipe,
+        args.settings,
+        args.output,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        say=_say(args),
+        progress=not args.quiet,
+    )
+    if _tables(args):
+        print(markdown(rows), end="")
+    return rows
 
 
 def _report(args: argparse.Namespace) -> Any:
@@ -197,14 +213,15 @@ def _report(args: argparse.Namespace) -> Any:
         described = describe(args.file)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot report on {args.file}: {error}") from error
-    if not args.quiet:
+    if _tables(args):
         print(described.text)
     return described.content
 
 
 def _export(args: argparse.Namespace) -> Any:
     from torchclust.data import samples
-    from torchclust.export import inspect_tflite, to_tflite
+    from torchclust.export import to_tflite
+    from torchclust.file_report import describe
     from torchclust.prepare import load_checkpoint_, prepare
     from torchclust.recipe import ExportSection, load_recipe
 
@@ -214,8 +231,10 @@ def _export(args: argparse.Namespace) -> Any:
     count = (recipe.export or ExportSection()).calibration_samples  # type: ignore[call-arg]
     calibration = samples(prepared.data.train, count, seed=recipe.seed)
     to_tflite(model, calibration[:1], args.tflite, calibration=[calibration], float=args.float)
-    if not args.quiet:
-        print(inspect_tflite(args.tflite))
+    described = describe(args.tflite)
+    if _tables(args):
+        print(described.text)
+    return described.content
 
 
 def _vela(args: argparse.Namespace) -> Any:
@@ -233,9 +252,13 @@ def _vela(args: argparse.Namespace) -> Any:
         )
     except (OSError, ValueError) as error:
         raise InputError(str(error)) from error
-    if not args.quiet:
+    if _tables(args):
         print(report)
     return {**dataclasses.asdict(report), "path": str(report.path)}
+
+
+def _tables(args: argparse.Namespace) -> bool:
+    return not (args.quiet or args.json)
 
 
 def _say(args: argparse.Namespace) -> Callable[[str], None]:

@@ -207,11 +207,12 @@ def load_recipe(file: Path | str, settings: Iterable[str] = ()) -> Recipe:
         RecipeError: one line: the file, the key, what is wrong, what to write.
     """
     try:
-        content = _parse(Path(file).read_text(encoding="utf-8"))
+        text = Path(file).read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"cannot read {file}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file} is not a YAML file: {_one_line(error)}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file} is not a YAML file: {error}") from None
+    content = parse_yaml(text, source=f"{file} is not a YAML file")
     if isinstance(content, dict) and isinstance(content.get("recipe"), dict):
         content = content["recipe"]
     if not isinstance(content, dict):
@@ -242,10 +243,7 @@ def override(content: dict[str, Any], setting: str) -> None:
     *parents, last = dotted.strip().split(".")
     if not equals or not last or not all(parents):
         raise RecipeError(f"--set {setting}: expected key=value, e.g. --set cluster.n_clusters=8")
-    try:
-        value = _parse(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {setting}: {_one_line(error)}") from None
+    value = parse_yaml(text, source=f"--set {setting}")
     for key in parents:
         below = content.get(key)
         if isinstance(below, str):  # a bare name
@@ -259,6 +257,14 @@ def override(content: dict[str, Any], setting: str) -> None:
     before = content.get(last)
     keeps = isinstance(value, str) and isinstance(before, dict) and "name" in before
     content[last] = {**before, "name": value} if keeps else value  # type: ignore[dict-item]
+
+
+def parse_yaml(text: str, *, source: str) -> Any:
+    """Return the value that YAML `text` holds; `source` begins the `RecipeError`."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source}: {_one_line(error)}") from None
 
 
 def nearest(key: str, valid: Iterable[str]) -> str:
@@ -290,10 +296,6 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
-
-
-def _parse(text: str) -> Any:
-    return yaml.load(text, _Loader)  # a SafeLoader
 
 
 def _one_line(error: Exception) -> str:

@@ -54,12 +54,12 @@ def run_recipe(
     Raises:
         RecipeError, DataError: before anything is written; one line that says what to change.
     """
-    _check_output(output, resume=resume, overwrite=overwrite)
+    check_output(output, resume=resume, overwrite=overwrite)
     prepared = prepare(recipe)
     if overwrite:
-        _clear(output)
+        clear(output)
     output.mkdir(parents=True, exist_ok=True)
-    _write(output / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    write_whole(output / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     stages = Stages(stage_folder or output / STAGE_FOLDER, say, progress)
     networks = train_networks(prepared, stages)
     exported = export_files(prepared, networks, output, stages) if recipe.export else {}
@@ -68,12 +68,13 @@ def run_recipe(
         recipe, networks, exported, compiled, _pack(networks, output), stages.seconds, versions()
     )
     plot(report, networks.trained, networks.compressed, output / "report.png")
-    _write(output / "report.md", run_report.markdown(report))
-    _write(output / "report.json", json.dumps(report, indent=2) + "\n")
+    write_whole(output / "report.md", run_report.markdown(report))
+    write_whole(output / "report.json", json.dumps(report, indent=2) + "\n")
     return report
 
 
-def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds something, unless the user said what to do about it."""
     if output.exists() and not output.is_dir():
         raise RecipeError(f"{output} is a file; name a folder:  --output runs/NAME")
     if not (resume or overwrite) and output.is_dir() and any(output.iterdir()):
@@ -83,7 +84,7 @@ def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def _clear(output: Path) -> None:
+def clear(output: Path) -> None:
     """Delete what a run writes, and nothing else: the folder may be anybody's."""
     for name in (*REPORTS, *TFLITE_FILES, PACKED_FILE):
         (output / name).unlink(missing_ok=True)
@@ -91,7 +92,7 @@ def _clear(output: Path) -> None:
         shutil.rmtree(output / folder, ignore_errors=True)
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")

@@ -170,7 +170,8 @@ def _headline(report: Report) -> list[str]:
 
 def _tensor_table(report: Report) -> list[str]:
     """Return the clustered tensors as a table, then the others by the reason why they are not."""
-    rows, reasons = [], {}
+    rows: list[tuple[str, ...]] = []
+    reasons: dict[str, list[str]] = {}
     for row in report["tensors"]:
         name, entropy = f"`{row['name']}`", row["entropy_bits"]
         if row["n_clusters"] is None:
