@@ -1,0 +1,179 @@
+"""What a clustered training step, its evaluation and its memory cost against the plain ones.
+
+    python benchmarks/step.py [--device cuda] [--model cnn mlp resnet50] [--repeats 15]
+    python benchmarks/step.py --memory
+
+Every round runs one step of each variant in turn, so that a disturbance hits all of them; printed
+are medians over the rounds and their ratio to the plain step. Memory is the peak resident size of a
+process of its own that takes five steps (CPU), less what it held after its imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from torchclust import cluster_, zoo
+
+VARIANTS: dict[str, dict[str, str] | None] = {
+    "plain": None,
+    "fixed": {},
+    "fixed int8": {"codebook_dtype": "int8"},
+    "nearest": {"assignment": "nearest"},
+    "nearest int8": {"assignment": "nearest", "codebook_dtype": "int8"},
+}
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Flatten(), nn.Linear(784, 4096), nn.ReLU()),
+        *(nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 10)),
+    )
+
+
+def resnet50_weights() -> nn.Module:
+    """The 53 convolutions and the classifier of ResNet-50 (25.5M weights), one after the other.
+
+    Shapes and spatial sizes are ResNet-50's; the residual additions, which no clustering touches,
+    are left out.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    layers.append(nn.MaxPool2d(3, 2, 1))
+    inputs = 64
+    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for block in range(blocks):
+            for cin, cout, kernel, step in (
+                (inputs, width, 1, 1),
+                (width, width, 3, stride if block == 0 else 1),
+                (width, 4 * width, 1, 1),
+            ):
+                conv = nn.Conv2d(cin, cout, kernel, step, kernel // 2, bias=False)
+                layers += [conv, nn.BatchNorm2d(cout), nn.ReLU()]
+            inputs = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "cnn": (zoo.seed_cnn, (250, 1, 28, 28), 10),
+    "mlp": (mlp, (250, 1, 28, 28), 10),
+    "resnet50": (resnet50_weights, (64, 3, 224, 224), 1000),
+}
+
+
+def stepper(model: nn.Module, shape: tuple[int, ...], classes: int) -> Callable[[], object]:
+    device = next(model.parameters()).device
+    x, y = torch.randn(shape, device=device), torch.randint(classes, shape[:1], device=device)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def evaluator(model: nn.Module, shape: tuple[int, ...]) -> Callable[[], object]:
+    x = torch.randn(shape, device=next(model.parameters()).device)
+
+    def evaluate() -> Tensor:
+        with torch.inference_mode():
+            return model(x)  # type: ignore[no-any-return]
+
+    return evaluate
+
+
+def variant(plain: nn.Module, options: dict[str, str] | None, k: int) -> nn.Module:
+    model = copy.deepcopy(plain)
+    return model if options is None else cluster_(model, k, **options)
+
+
+def time_once(function: Callable[[], object], device: str) -> float:
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(name: str, device: str, repeats: int, k: int) -> None:
+    make, shape, classes = MODELS[name]
+    torch.manual_seed(0)
+    plain = make().to(device)
+    models = {label: variant(plain, options, k) for label, options in VARIANTS.items()}
+    for title, functions in (
+        ("step", {n: stepper(m.train(), shape, classes) for n, m in models.items()}),
+        ("evaluation", {n: evaluator(m.eval(), shape) for n, m in models.items()}),
+    ):
+        times: dict[str, list[float]] = {label: [] for label in functions}
+        if title == "evaluation":
+            for model in models.values():
+                model.eval()
+        for round_ in range(repeats + 2):
+            for label, function in functions.items():
+                seconds = time_once(function, device)
+                if round_ >= 2:
+                    times[label].append(seconds)
+        base = median(times["plain"])
+        for label, seen in times.items():
+            print(
+                f"{name:9} {title:11} {label:13} {1e3 * median(seen):9.2f} ms"
+                f"  {median(seen) / base:6.3f}x",
+                flush=True,
+            )
+
+
+def peak_memory(label: str) -> float:
+    """Peak resident MiB of five steps on the MLP, above what the imports hold."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    make, shape, classes = MODELS["mlp"]
+    model = variant(make(), VARIANTS[label], 16)
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = stepper(model, shape, classes)
+    for _ in range(5):
+        step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak - before) / 1024 if peak > held else float("nan")
+
+
+def compare_memory() -> None:
+    found = {}
+    for label in VARIANTS:
+        command = [sys.executable, __file__, "--peak", label]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[label] = float(output)
+        print(f"mlp peak {label:13} {found[label]:8.1f} MiB  {found[label] / found['plain']:.3f}x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=["cnn", "mlp"])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--clusters", type=int, default=16)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        print(peak_memory(args.peak))
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
+    if args.memory:
+        compare_memory()
+        return
+    for name in args.model:
+        compare(name, args.device, args.repeats, args.clusters)
+
+
+if __name__ == "__main__":
+    main()
