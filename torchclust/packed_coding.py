@@ -1,0 +1,334 @@
+"""How one tensor's bits are coded in a packed file: raw, by codebooks, by int8 codes, or sparse.
+
+A tensor is handled as unsigned integers of its elements' size (its *bits*), so every dtype, NaN
+and negative zero comes back as it was. Coded tensors are seen as rows: of a matrix or more, one row
+for each index of dimension `axis` (the output channels); of a vector, one row. Rows are worked on
+in blocks of about a million elements, so a large tensor needs little memory beside its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from torchclust.packed_entropy import Decoder, Integers, Symbols, encode
+
+Bits: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
+
+BLOCK = 1 << 20
+
+
+class Dtype(NamedTuple):
+    """An element type: torch's name, bytes per unit, units per element (2 for complex)."""
+
+    name: str
+    unit: int
+    units: int = 1
+
+    @property
+    def size(self) -> int:
+        """Bytes per element."""
+        return self.unit * self.units
+
+    @property
+    def bits(self) -> np.dtype[np.unsignedinteger[Any]]:
+        """The unsigned integer of a unit's size."""
+        return np.dtype(f"u{self.unit}")
+
+    @property
+    def torch(self) -> torch.dtype:
+        """torch's own dtype; AttributeError where this torch lacks it."""
+        found = getattr(torch, self.name)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @property
+    def is_scalable(self) -> bool:
+        """Whether a channel scale times an int8 code is defined in it."""
+        return self.name in ("float32", "float64", "float16", "bfloat16")
+
+
+DTYPES = (
+    Dtype("float32", 4),
+    Dtype("float64", 8),
+    Dtype("float16", 2),
+    Dtype("bfloat16", 2),
+    Dtype("int8", 1),
+    Dtype("uint8", 1),
+    Dtype("int16", 2),
+    Dtype("int32", 4),
+    Dtype("int64", 8),
+    Dtype("bool", 1),
+    Dtype("complex64", 4, 2),
+    Dtype("complex128", 8, 2),
+    Dtype("float8_e4m3fn", 1),
+    Dtype("float8_e5m2", 1),
+    Dtype("uint16", 2),
+    Dtype("uint32", 4),
+    Dtype("uint64", 8),
+)
+"""In the order of their numbers in the file; only ever appended to."""
+
+_SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tensor's shape, seen as rows.
+
+    Attributes:
+        shape: of the tensor.
+        axis: which dimension comes first: 0, or 1 for the weight of a ConvTranspose.
+    """
+
+    shape: tuple[int, ...]
+    axis: int = 0
+
+    @property
+    def n_elements(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+    @property
+    def n_rows(self) -> int:
+        """Output channels of a matrix or more, else 1."""
+        return self.shape[self.axis] if len(self.shape) > 1 else 1
+
+    @property
+    def n_columns(self) -> int:
+        """Elements a row."""
+        return self.n_elements // self.n_rows if self.n_rows else 0
+
+    def blocks(self, width: int = 1) -> list[tuple[slice, slice]]:
+        """Rows and columns of the blocks, in order; ``width`` is what else a row needs."""
+        rows, columns = self.n_rows, self.n_columns
+        high = max(1, BLOCK // max(columns, width, 1))
+        wide = max(1, min(columns, BLOCK))
+        return [
+            (slice(top, min(top + high, rows)), slice(left, min(left + wide, columns)))
+            for top in range(0, rows, high)
+            for left in range(0, columns, wide)
+        ]
+
+    def take(self, bits: Bits, rows: slice, columns: slice) -> Bits:
+        """A block of a tensor's bits (one dimension, C order) as (rows, columns)."""
+        if len(self.shape) < 2:
+            return bits.reshape(1, -1)[rows, columns]
+        chosen = np.moveaxis(bits.reshape(self.shape), self.axis, 0)[rows]
+        return chosen.reshape(len(chosen), -1)[:, columns]
+
+    def restore(self, rows: Bits, dtype: Dtype) -> Tensor:
+        """The tensor whose rows these are; shares their memory."""
+        first = self.shape[self.axis : self.axis + 1]
+        others = self.shape[: self.axis] + self.shape[self.axis + 1 :]
+        flat = to_tensor(rows.reshape(-1), dtype)
+        return flat.reshape(first + others).movedim(0, self.axis) if self.shape else flat[0]
+
+
+@dataclass(frozen=True)
+class Codebooks:
+    """``value = books[row // rows_per_book, symbol]``.
+
+    Attributes:
+        books: ``(books, k)`` bits, each book by falling count of its own members.
+        rows_per_book: at least the number of rows where the tensor has one book.
+    """
+
+    drops: Integers
+    books: Bits
+    rows_per_book: int
+
+    def width(self) -> int:
+        """Table entries that a row needs."""
+        return 1
+
+    def symbols(self, block: Bits, rows: slice) -> Symbols:
+        """Which entry each value of a block is."""
+        found = np.empty(block.shape, np.int32)
+        step, row = self.rows_per_book, rows.start
+        while row < rows.stop:
+            end = min(row // step * step + step, rows.stop)
+            part = slice(row - rows.start, end - rows.start)
+            found[part] = _positions(self.books[row // step], block[part])
+            row = end
+        return found
+
+    def values(self, symbols: Symbols, rows: slice) -> Bits:
+        """The reverse of `symbols`."""
+        book = np.arange(rows.start, rows.stop) // self.rows_per_book
+        found: Bits = self.books[book[:, None], symbols]
+        return found
+
+
+@dataclass(frozen=True)
+class Codes:
+    """``value = scales[row] * codes[symbol]``, one multiplication in the tensor's own dtype.
+
+    Attributes:
+        codes: ``(k,)`` int8 by falling count.
+        scales: ``(rows,)`` bits of ``dtype``.
+    """
+
+    drops: Integers
+    codes: npt.NDArray[np.int8]
+    scales: Bits
+    dtype: Dtype
+
+    def width(self) -> int:
+        """Table entries that a row needs."""
+        return len(self.codes)
+
+    def symbols(self, block: Bits, rows: slice) -> Symbols:
+        """Which code each value of a block has."""
+        of_code = np.zeros(256, np.int32)
+        of_code[self.codes.astype(np.int64) + 128] = np.arange(len(self.codes))
+        codes = nearest_codes(block, self.scales[rows, None], self.dtype)
+        return of_code[codes + 128]
+
+    def values(self, symbols: Symbols, rows: slice) -> Bits:
+        """The reverse of `symbols`."""
+        table = products(self.scales[rows, None], self.codes[None], self.dtype)
+        return table[np.arange(len(table))[:, None], symbols]
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Zeros by symbol, everything else as it is.
+
+    Attributes:
+        meanings: ``(k,)`` int8 by falling count: 0 zero, -1 negative zero, 1 the next literal.
+        n_literals: how many values are stored as they are.
+    """
+
+    drops: Integers
+    meanings: npt.NDArray[np.int8]
+    n_literals: int
+    dtype: Dtype
+
+    def width(self) -> int:
+        """Table entries that a row needs."""
+        return 1
+
+    def symbols(self, block: Bits, rows: slice) -> Symbols:
+        """Which kind each value of a block is."""
+        negative_zero = self.dtype.bits.type(1 << 8 * self.dtype.unit - 1)
+        meant = np.where(block == 0, 1, np.where(block == negative_zero, 0, 2))
+        of_meaning = np.zeros(3, np.int32)
+        of_meaning[self.meanings.astype(np.int64) + 1] = np.arange(len(self.meanings))
+        return of_meaning[meant]
+
+
+Coding: TypeAlias = Codebooks | Codes | Sparse
+
+
+def encode_rows(coding: Coding, bits: Bits, layout: Layout) -> npt.NDArray[np.uint32]:
+    """The entropy-coded symbols of a tensor, as 32-bit words."""
+    blocks = reversed(layout.blocks(coding.width()))
+    return encode(
+        (
+            coding.symbols(layout.take(bits, rows, columns), rows).reshape(-1)
+            for rows, columns in blocks
+        ),
+        coding.drops,
+    )
+
+
+def literals(bits: Bits, dtype: Dtype, layout: Layout) -> Iterator[Bits]:
+    """What a sparse tensor stores as it is, block by block in order."""
+    negative_zero = dtype.bits.type(1 << 8 * dtype.unit - 1)
+    for rows, columns in layout.blocks():
+        block = layout.take(bits, rows, columns)
+        yield block[(block != 0) & (block != negative_zero)]
+
+
+def decode_rows(
+    coding: Coding, words: npt.NDArray[np.uint32], stored: Bits, layout: Layout
+) -> Iterator[tuple[slice, slice, Bits]]:
+    """Decode a tensor block by block: rows, columns and bits of each.
+
+    Args:
+        coding: as its header says.
+        words: its coded symbols.
+        stored: its literals; empty unless sparse.
+        layout: the tensor's.
+
+    Raises:
+        ValueError: the message does not end with the last element, or literals are left or lack.
+    """
+    decoder, used = Decoder(words, coding.drops), 0
+    for rows, columns in layout.blocks(coding.width()):
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        symbols = decoder.take(math.prod(shape)).reshape(shape)
+        if not isinstance(coding, Sparse):
+            yield rows, columns, coding.values(symbols, rows)
+            continue
+        meanings = coding.meanings[symbols]
+        values = np.zeros(shape, coding.dtype.bits)
+        values[meanings < 0] = 1 << 8 * coding.dtype.unit - 1
+        is_literal = meanings > 0
+        n_here = int(is_literal.sum())
+        if used + n_here > len(stored):
+            raise ValueError(f"it refers to more than its {len(stored)} literals")
+        values[is_literal] = stored[used : used + n_here]
+        used += n_here
+        yield rows, columns, values
+    if used != len(stored):
+        raise ValueError(f"it refers to {used} of its {len(stored)} literals")
+    decoder.finish()
+
+
+def products(scales: Bits, codes: npt.NDArray[np.signedinteger[Any]], dtype: Dtype) -> Bits:
+    """Bits of ``scale * code``, rounded once to the dtype (nearest, ties to even)."""
+    values = to_tensor(scales, dtype) * torch.from_numpy(codes).to(dtype.torch)
+    return to_bits(values).reshape(values.shape)
+
+
+def nearest_codes(bits: Bits, scales: Bits, dtype: Dtype) -> Integers:
+    """The integers in [-127, 127] nearest to ``value / scale``."""
+    values, by = to_tensor(bits, dtype), to_tensor(scales, dtype)
+    if dtype.name in ("float16", "bfloat16"):
+        values, by = values.float(), by.float()
+    codes = torch.nan_to_num(values / by).round_().clamp_(-127, 127)
+    found: Integers = codes.long().numpy()
+    return found
+
+
+def to_bits(tensor: Tensor) -> Bits:
+    """A tensor's bits, one dimension in C order; shares the memory where that is possible."""
+    dense = tensor.detach().cpu().resolve_conj().resolve_neg()
+    dense = torch.view_as_real(dense) if dense.is_complex() else dense
+    flat = dense.contiguous().reshape(-1)
+    size = flat.element_size()
+    found: Bits = flat.view(_SIGNED[size]).numpy().view(f"u{size}")
+    return found
+
+
+def to_tensor(bits: Bits, dtype: Dtype) -> Tensor:
+    """The tensor of any shape whose bits these are (of complex ones the last dimension halves)."""
+    if not bits.size:
+        shape = bits.shape if dtype.units == 1 else (*bits.shape[:-1], bits.shape[-1] // 2)
+        return torch.empty(shape, dtype=dtype.torch)
+    signed = _SIGNED[dtype.unit]
+    name = "uint8" if signed == torch.uint8 else f"int{8 * dtype.unit}"
+    return torch.from_numpy(np.ascontiguousarray(bits).view(name)).view(dtype.torch)
+
+
+def dtype_of(tensor: Tensor) -> Dtype | None:
+    """The tensor's element type; None if packed files have none such."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return next((dtype for dtype in DTYPES if dtype.name == name), None)
+
+
+def _positions(book: Bits, block: Bits) -> Symbols:
+    """Where each value stands in a book; every value does."""
+    order = np.argsort(book, kind="stable")
+    found = np.searchsorted(book[order], block)
+    positions: Symbols = order.astype(np.int32)[found]
+    return positions
