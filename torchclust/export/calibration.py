@@ -188,13 +188,14 @@ def with_learned(
     """Replace observed ranges by learned ones where a module is known to have made the tensor.
 
     Args:
-        ranges: as `observe` returns them.
+        ranges: as `observe` returns them, in the order in which the tensors are made.
         by_module: ``{module path: (min, max)}`` of modules' outputs, from quantization-aware
-            training.
+            training. Of several tensors that a module makes the last is its output.
         module_of: the path of the module that made a tensor, from the tensor's name.
     """
-    made_by = {name: module_of(name) for name in ranges}
-    return {name: by_module.get(made_by[name] or "", observed) for name, observed in ranges.items()}
+    outputs = {module_of(name): name for name in ranges}
+    learned = {outputs[path]: by_module[path] for path in by_module if path in outputs}
+    return {**ranges, **learned}
 
 
 def _is_activation(graph: Graph, index: int) -> bool:

@@ -12,8 +12,10 @@ converter made of a parameter: row by row it is a multiple of it (a folded Batch
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -131,12 +133,10 @@ def recover_int8(rows: Array) -> Array | None:
     order = sorted(set(masks) - {0}, key=lambda m: (m.bit_count(), m.bit_length()), reverse=True)
     if not order:
         return np.zeros(rows.shape, np.int8)
-    factor = min(
-        (_choose(order, start) for start in _multiples(order[0])), key=lambda choice: choice[1]
-    )[0]
-    return np.stack([b * factor.get(m, 1) for b, m in zip(bases, masks, strict=True)]).astype(
-        np.int8
-    )
+    choices = (_refined(order, _choose(order, start)) for start in _multiples(order[0]))
+    factor = min(choices, key=lambda factors: _union(factors.items()).bit_count())
+    wide = [base * factor.get(mask, 1) for base, mask in zip(bases, masks, strict=True)]
+    return np.stack(wide).astype(np.int8)
 
 
 def match(matrix: Array, trained: Trained) -> Matched | None:
@@ -197,6 +197,7 @@ def _multiples(mask: int) -> list[int]:
     return list(range(1, LARGEST // (mask.bit_length() - 1) + 1))
 
 
+@functools.lru_cache(1 << 14)
 def _scaled(mask: int, factor: int) -> int:
     if factor == 1:
         return mask
@@ -204,16 +205,37 @@ def _scaled(mask: int, factor: int) -> int:
     return sum(1 << m * factor for m in bits)
 
 
-def _choose(order: Sequence[int], start: int) -> tuple[dict[int, int], int]:
-    """Factors for every mask, greedily, given the first one's; and the size of the union."""
-    union = _scaled(order[0], start)
+def _best(mask: int, union: int) -> int:
+    """The factor with which the mask adds least to the union."""
+    return min(_multiples(mask), key=lambda factor: (_scaled(mask, factor) & ~union).bit_count())
+
+
+def _union(factors: Iterable[tuple[int, int]]) -> int:
+    return functools.reduce(operator.or_, (_scaled(mask, factor) for mask, factor in factors), 0)
+
+
+def _choose(order: Sequence[int], start: int) -> dict[int, int]:
+    """Factors for every mask, greedily, given the first one's."""
     factors = {order[0]: start}
+    union = _scaled(order[0], start)
     for mask in order[1:]:
-        options = ((_scaled(mask, f), f) for f in _multiples(mask))
-        scaled, factor = min(options, key=lambda option: (option[0] & ~union).bit_count())
-        union |= scaled
-        factors[mask] = factor
-    return factors, union.bit_count()
+        factors[mask] = _best(mask, union)
+        union |= _scaled(mask, factors[mask])
+    return factors
+
+
+def _refined(order: Sequence[int], factors: dict[int, int]) -> dict[int, int]:
+    """One pass that chooses each factor anew, all the others given."""
+    after = list(
+        itertools.accumulate(
+            (_scaled(mask, factors[mask]) for mask in reversed(order)), operator.or_, initial=0
+        )
+    )[-2::-1]
+    before, refined = 0, {}
+    for mask, rest in zip(order, after, strict=True):
+        refined[mask] = _best(mask, before | rest)
+        before |= _scaled(mask, refined[mask])
+    return refined
 
 
 def _symmetric_size(codes: Array) -> int:

@@ -142,8 +142,8 @@ def channels_first(x: Tensor) -> Tensor:
     1-D convolution: then its own transposition cancels.
     """
     if x.ndim == 3:
-        return x.unsqueeze(1).permute(0, 3, 1, 2).squeeze(2)
-    return x.permute(0, x.ndim - 1, *range(1, x.ndim - 1))
+        return x.unsqueeze(1).permute(0, 3, 1, 2).squeeze(2).contiguous()
+    return x.permute(0, x.ndim - 1, *range(1, x.ndim - 1)).contiguous()
 
 
 def module_of(tensor_name: str, root: nn.Module) -> str | None:

@@ -75,9 +75,10 @@ def _set_weights(
             continue
         matched = clustered.get(weight.tensor.index)
         own = np.abs(weight.matrix).max(axis=1) / LARGEST if matched is None else matched.scales
-        users = graph.users(weight.tensor)
-        least = np.max([_least_scale(graph, operator, observed) for operator in users], axis=0)
-        scale = np.maximum(own, least).astype(np.float32)
+        scale = own
+        for operator in graph.users(weight.tensor):
+            scale = np.maximum(scale, _least_scale(graph, operator, observed))
+        scale = scale.astype(np.float32)
         scales[weight.tensor.index] = scale
         if matched is not None:
             weight.write(scale[:, None] * matched.codes)
