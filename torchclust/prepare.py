@@ -47,9 +47,11 @@ def prepare(recipe: Recipe) -> Prepared:
     model = build_model(recipe.model, data, recipe.seed)
     if recipe.cluster is not None:
         try:
-            clustered_copy(recipe, model)
+            tried = clustered_copy(recipe, model)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"cluster: {' '.join(str(error).split())}") from error
+        if not torchclust.is_clustered(tried):
+            raise RecipeError("cluster: the rules leave every tensor alone; leave the section out")
     return Prepared(recipe, data, model)
 
 

@@ -184,6 +184,10 @@ class Recipe(Section):
         for section, needed in (("finetune", "cluster"), ("vela", "export")):
             if getattr(self, section) is not None and getattr(self, needed) is None:
                 raise ValueError(f"{section} needs the section {needed}, which is absent")
+        if self.prune and self.cluster and not self.cluster.preserve_sparsity:
+            raise ValueError(
+                "prune needs cluster.preserve_sparsity: true, or clustering undoes its zeros"
+            )
         return self
 
     @property

@@ -16,6 +16,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import pickle
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -71,8 +72,8 @@ class Stages:
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         file = self.folder / f"{name}-{digest}.pt"
         if file.exists():
-            stored: Result = torch.load(file, weights_only=True)
-            if is_whole(stored):
+            stored = _load(file)
+            if stored is not None and is_whole(stored):
                 self.say(f"{name}: done before")
                 self.seconds[name] = stored["seconds"]
                 return stored
@@ -85,6 +86,15 @@ class Stages:
         torch.save({**computed, "seconds": self.seconds[name]}, partial)
         os.replace(partial, file)
         return computed
+
+
+def _load(file: Path) -> Result | None:
+    """Return a stored result, or None where the file was damaged since."""
+    try:
+        stored: Result = torch.load(file, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        return None
+    return stored
 
 
 @dataclass(frozen=True)

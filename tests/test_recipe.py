@@ -1,0 +1,280 @@
+"""Recipes: what is accepted, what is refused and in which words, and every one that is shipped."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from torchclust import ClusterConfig, named_clusterings
+from torchclust import prepare as preparing
+from torchclust.data import Data, ImageArrays
+from torchclust.prepare import clustered_copy, load_checkpoint_, prepare
+from torchclust.recipe import (
+    ClusterSection,
+    DataSection,
+    Recipe,
+    RecipeError,
+    load_recipe,
+    override,
+    parse_recipe,
+)
+from torchclust.stages import Stages, train_networks
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+SHIPPED = {"mnist_cnn", "fashion_cnn"}
+BASE = """
+name: test
+data: {name: mnist5k, batch_size: 32}
+model: {name: seed_cnn, batch_norm: false}
+train: {epochs: 1, lr: 1e-3}
+cluster: {n_clusters: 16, rules: {"0.weight": null, Linear: {n_clusters: 4}}}
+finetune: {epochs: 1}
+export: {calibration_samples: 20}
+vela: {accelerator: ethos-u55-128}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "test.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def fake_data(section: DataSection, count: int = 40) -> Data:
+    """Noise in the shape of the data set that a recipe names."""
+    shapes = {"mnist5k": (1, 28, 28), "fashion_mnist": (1, 28, 28)}
+    size = section.image_size or 224
+    shape = shapes.get(section.name, (3, size, size))
+    images = np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
+    part = ImageArrays(images, np.arange(count) % 10)
+    return Data(part, part, shape, 10)
+
+
+def test_every_field_arrives(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert recipe.train.lr == 1e-3
+    assert recipe.model.arguments == {"batch_norm": False}
+    assert recipe.cluster.all_rules == {
+        "*": 16,
+        "0.weight": None,
+        "Linear": {"n_clusters": 4},
+    }
+    assert recipe.prune is None
+    assert recipe.finetune.lr_scale == 0.1
+    assert parse_recipe(recipe.to_dict()) == recipe
+
+
+def test_a_report_is_a_recipe(file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(file)
+    report = tmp_path / "report.json"
+    report.write_text(yaml.safe_dump({"accuracy": {}, "recipe": recipe.to_dict()}))
+    assert load_recipe(report) == recipe
+
+
+def test_cluster_section_is_cluster_config() -> None:
+    """The section repeats ClusterConfig's fields for the reference; they must not drift apart."""
+    fields = {f.name: f.default for f in dataclasses.fields(ClusterConfig)}
+    section = {name: f.default for name, f in ClusterSection.model_fields.items()}
+    section.pop("rules")
+    assert section == fields
+    annotations = {f.name: f.type for f in dataclasses.fields(ClusterConfig)}
+    assert set(annotations) == set(section)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("clster.n_clusters=8", r"test\.yaml: unknown key clster; did you mean 'cluster'\?"),
+        ("cluster.n_cluster=8", "unknown key cluster.n_cluster; did you mean 'n_clusters'"),
+        ("export.xyz=8", "unknown key export.xyz; valid: calibration_samples"),
+        ("cluster.n_clusters=1", "cluster: n_clusters must be between 2 and 256, got 1"),
+        ("cluster.n_clusters=8.5", "cluster.n_clusters: should be a valid integer, got 8.5"),
+        ("train.epochs=six", "train.epochs: should be a valid integer, got 'six'"),
+        ("train.epochs='6'", "train.epochs: should be a valid integer, got '6'"),
+        ("train.epochs=true", "train.epochs: should be a valid integer, got True"),
+        ("train.lr=-1", "train.lr: should be greater than 0, got -1"),
+        ("train.lr=0", "train.lr: should be greater than 0"),
+        ("prune.sparsity=1", "prune.sparsity: should be less than 1, got 1"),
+        ("cluster.init=linaer", "cluster.init: should be 'optimal', 'linear'.*got 'linaer'"),
+        ("cluster.rules=8", "cluster.rules: should be a mapping.*got 8"),
+        ("cluster.rules={a: b}", "rule 'a' is a number of clusters, a mapping or null, got 'b'"),
+        ("cluster.rules={a: true}", "rule 'a' is a number of clusters"),
+        ("cluster.rules={a: 1}", "rule 'a': n_clusters must be between 2 and 256, got 1"),
+        ("cluster.rules={a: {inti: 1}}", r"unknown key rules\.a\.inti; did you mean 'init'"),
+        ("vela=ethos-u55-128", r"vela: should be a mapping, as in vela: \{key: value\}"),
+        ("export=null", "vela needs the section export, which is absent"),
+        ("cluster=null", "finetune needs the section cluster, which is absent"),
+        ("train=null", r"nothing trains the model: add train: \{epochs: 6\}"),
+        ("model.target=a.B", "give either name .* or target"),
+        ("name=a/b", "name: should match pattern"),
+        ("name=null", "name: should be a valid string, got None"),
+        ("data=null", "data: should be a mapping"),
+        ("seed=-1", "seed: should be greater than or equal to 0"),
+        ("nothing", "--set nothing: expected key=value"),
+        ("=8", "--set =8: expected key=value"),
+        ("train..epochs=8", "expected key=value"),
+        ("train.epochs.x=8", "--set train.epochs.x=8: epochs is 1, which has no keys"),
+        ("cluster.rules={a: [}", "--set cluster.rules=.*: line 1, column"),
+        ("prune={sparsity: .5}", "prune needs cluster.preserve_sparsity: true"),
+    ],
+)
+def test_refused_with_one_line(file: Path, setting: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as raised:
+        load_recipe(file, [setting])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is not a recipe: it holds no 'key: value' lines"),
+        ("- a", "is not a recipe"),
+        ("a: [1", "is not a YAML file: line 1, column"),
+        ("name: a\nname: b", "line 2, column 1: the key 'name' is there twice"),
+        ("name: a", "the key data is missing"),
+        ("\0", "is not a YAML file"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(file)
+    with pytest.raises(RecipeError, match=r"cannot read .*none: No such file"):
+        load_recipe(tmp_path / "none")
+    file.write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(RecipeError, match="is not a YAML file"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("data=b", {"data": {"name": "b", "root": "r"}, "model": "m"}),
+        ("data.name=b", {"data": {"name": "b", "root": "r"}, "model": "m"}),
+        ("data={name: b}", {"data": {"name": "b"}, "model": "m"}),
+        ("model=b", {"data": {"name": "a", "root": "r"}, "model": "b"}),
+        ("model.width=0.5", {"data": {"name": "a", "root": "r"},
+                             "model": {"name": "m", "width": 0.5}}),
+        ("train.lr=1e-4", {"data": {"name": "a", "root": "r"}, "model": "m",
+                           "train": {"lr": 1e-4}}),
+        ("data=null", {"data": None, "model": "m"}),
+    ],
+)  # fmt: skip
+def test_override(setting: str, expected: dict) -> None:
+    content = {"data": {"name": "a", "root": "r"}, "model": "m"}
+    override(content, setting)
+    assert content == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model=seed_cn", "model.name: no network 'seed_cn'; did you mean 'seed_cnn'"),
+        ("model.batchnorm=true", "unknown key model.batchnorm: seed_cnn takes no such argument; "
+                                 "did you mean 'batch_norm'"),
+        ("model=arm_mlp", "unknown key model.batch_norm: arm_mlp takes no arguments"),
+        ("data=mnist", "data.name: no data set 'mnist'; did you mean"),
+        ("data.root=/tmp", "unknown key data.root: mnist5k takes no arguments"),
+        ("vela.accelerator=u55", "vela.accelerator: no 'u55'"),
+        ("cluster.rules={stem.*: 3}", r"cluster: rule 'stem\.\*' matches no parameter"),
+        ("cluster.rules={0.bias: 64}", "cluster: cannot cluster '0.bias'"),
+        ("model={target: nowhere.Net}", "model.target: cannot import 'nowhere.Net'"),
+        ("model={target: torch.nn.Nothing}", "cannot import 'torch.nn.Nothing'"),
+        ("model={target: Net}", "cannot import 'Net'"),
+        ("model={target: torch.pi}", "torch.pi is 3.14.*, which can not be called"),
+        ("model={target: os.getcwd}", "os.getcwd makes '.*', which is no torch.nn.Module"),
+        ("model={target: torch.nn.Linear}", "torch.nn.Linear can not be built: .*in_features"),
+        ("model={target: torch.nn.Linear, in_feature: 3}", "unknown key model.in_feature: .*"
+                                                           "did you mean 'in_features'"),
+        ("model={target: torch.nn.Linear, in_features: 28, out_features: 10}",
+         r"maps \(1, 1, 28, 28\) to \(1, 1, 28, 10\); the data need \(1, 10\) logits"),
+        ("model={target: torch.nn.Linear, in_features: 20, out_features: 10}",
+         r"torch.nn.Linear does not take images of \(1, 1, 28, 28\)"),
+        ("model.checkpoint=/nowhere.pt", "model.checkpoint: cannot read /nowhere.pt"),
+    ],
+)  # fmt: skip
+def test_prepare_refuses(file: Path, setting: str, message: str, monkeypatch) -> None:
+    if "data" not in setting:
+        monkeypatch.setattr(preparing, "load_data", fake_data)
+    with pytest.raises(RecipeError, match=message) as raised:
+        prepare(load_recipe(file, [setting]))
+    assert "\n" not in str(raised.value)
+
+
+def test_prepare_is_seeded_and_checks_on_a_copy(file: Path, monkeypatch) -> None:
+    monkeypatch.setattr(preparing, "load_data", fake_data)
+    first, again = (prepare(load_recipe(file)).model for _ in range(2))
+    other = prepare(load_recipe(file, ["seed=1"])).model
+    assert list(named_clusterings(first)) == []
+    assert torch.equal(first[0].weight, again[0].weight)
+    assert not torch.equal(first[0].weight, other[0].weight)
+
+
+@pytest.mark.parametrize("kind", ["plain", "clustered", "lightning"])
+def test_checkpoints(file: Path, tmp_path: Path, monkeypatch, kind: str) -> None:
+    monkeypatch.setattr(preparing, "load_data", fake_data)
+    recipe = load_recipe(file)
+    saved = prepare(load_recipe(file, ["seed=1"])).model
+    if kind == "clustered":
+        saved = clustered_copy(recipe, saved)
+    state = saved.state_dict()
+    if kind == "lightning":
+        state = {"epoch": 3, "state_dict": {f"model.{k}": v for k, v in state.items()}}
+    torch.save(state, tmp_path / "c.pt")
+    loaded = prepare(load_recipe(file, [f"model.checkpoint={tmp_path / 'c.pt'}", "cluster=null",
+                                        "finetune=null", "train=null"])).model  # fmt: skip
+    x = torch.randn(2, 1, 28, 28)
+    assert torch.equal(loaded.eval()(x), saved.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"0.weight": torch.zeros(3)}, "does not fit the model: "),
+        ([1, 2], "holds a list, no state dict"),
+        (torch.nn.Linear(2, 2), "cannot read .*: Weights only load failed"),
+    ],
+)
+def test_checkpoints_refused(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(RecipeError, match=message):
+        load_checkpoint_(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "c.pt")
+
+
+def test_every_recipe_is_known() -> None:
+    assert {path.stem for path in RECIPES} == SHIPPED
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_run(path: Path, tmp_path: Path, monkeypatch) -> None:
+    """Every recipe loads, says how to run it, and takes a few training steps on noise."""
+    monkeypatch.setattr(preparing, "load_data", fake_data)
+    header = path.read_text().partition("\nname:")[0]
+    assert f"torchclust run recipes/{path.name}" in header
+    assert all(line.startswith("#") for line in header.splitlines())
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    short = {"train": {"epochs": 1}, "finetune": {"epochs": 1}, "prune": {"epochs": 1}}
+    content = recipe.to_dict()
+    for section, keys in short.items():
+        if section in content:
+            content[section].update(keys)
+    networks = train_networks(prepare(parse_recipe(content)), Stages(tmp_path, progress=False))
+    if recipe.cluster is not None:
+        clusterings = dict(named_clusterings(networks.compressed))
+        assert clusterings
+        for name, clustering in clusterings.items():
+            assert len(clustering.indices.unique()) <= clustering.n_clusters, name
+
+
+def test_recipe_reference_describes_every_key() -> None:
+    """docs are generated from the schema, so every key has a description."""
+    for section in Recipe.model_fields.values():
+        for candidate in getattr(section.annotation, "__args__", (section.annotation,)):
+            for name, field in getattr(candidate, "model_fields", {}).items():
+                assert field.description, f"{candidate.__name__}.{name}"

@@ -1,0 +1,332 @@
+"""Running recipes: the control, resuming, what is written where, and the whole way once."""
+
+import copy
+import json
+import signal
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from test_recipe import fake_data
+from torch.utils.data import DataLoader, TensorDataset
+
+import torchclust
+from torchclust import named_clusterings, stages
+from torchclust import prepare as preparing
+from torchclust.artifacts import zipped_size
+from torchclust.data import loader
+from torchclust.prepare import prepare
+from torchclust.recipe import RecipeError, load_recipe, parse_recipe
+from torchclust.run import run_recipe
+from torchclust.run_report import gains, markdown
+from torchclust.stages import Stages, train_networks
+from torchclust.sweep import front, plan, run_sweep
+from torchclust.training import GradualPruning, fit, prunable
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+SMALL = {
+    "name": "small",
+    "data": {"name": "mnist5k", "batch_size": 8},
+    "model": "arm_mlp",
+    "train": {"epochs": 2},
+    "cluster": {"n_clusters": 8},
+    "finetune": {"epochs": 1, "lr_scale": 0.5},
+}
+
+# API.md, section 6: the keys that scripts rely on.
+CONTRACT = {
+    "accuracy": {"float", "clustered", "int8", "baseline_int8"},
+    "bytes": {
+        "float_tflite", "float_tflite_zip", "clustered_float_tflite_zip", "int8_tflite",
+        "int8_tflite_zip", "baseline_int8_tflite_zip", "packed", "packed_entropy_bound",
+    },
+    "vela": {
+        "accelerator", "encoded_weight_bytes", "flash_bytes", "sram_bytes", "cycles", "cpu_ops",
+        "baseline_encoded_weight_bytes", "baseline_flash_bytes", "baseline_cycles",
+    },
+}  # fmt: skip
+TENSOR_KEYS = {
+    "name", "shape", "n_clusters", "distinct_weights", "int8_codes", "entropy_bits", "skipped",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _noise(monkeypatch) -> None:
+    """Train on noise; a test that wants real data undoes it."""
+    monkeypatch.setattr(preparing, "load_data", fake_data)
+
+
+def without_times(report: dict) -> dict:
+    return {key: value for key, value in report.items() if key != "seconds"}
+
+
+def test_the_control_trains_as_long_from_the_same_start(tmp_path: Path) -> None:
+    prepared = prepare(parse_recipe(SMALL))
+    networks = train_networks(prepared, Stages(tmp_path, progress=False))
+    expected = copy.deepcopy(networks.trained)
+    batches = loader(prepared.data.train, 8, seed=0)
+    fit(expected, batches, epochs=1, lr=0.5 * 1e-3, seed=0, progress=False)
+    for name, value in networks.control.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name])
+        assert not torch.equal(value, networks.trained.state_dict()[name])
+
+
+def test_rates_and_epochs_of_every_stage(tmp_path: Path, monkeypatch) -> None:
+    fits = []
+
+    def spy(model, batches, *, epochs, lr, callbacks=(), **rest):
+        scale = [c.lr_scale for c in callbacks if hasattr(c, "lr_scale")]
+        fits.append((epochs, lr * (scale[0] if scale else 1)))
+        return fit(model, batches, epochs=epochs, lr=lr, callbacks=callbacks, **rest)
+
+    monkeypatch.setattr(stages, "fit", spy)
+    content = {**SMALL, "prune": {"sparsity": 0.5, "epochs": 3}, "train": {"epochs": 2, "lr": 0.01}}
+    content["cluster"] = {"preserve_sparsity": True}
+    train_networks(prepare(parse_recipe(content)), Stages(tmp_path, progress=False))
+    rates = [(2, 0.01), (3, 0.01), (1, 0.005), (3, 0.01), (1, 0.005)]
+    assert fits == rates  # train, then the control's two, then prune and finetune
+
+
+def test_pruned_zeros_stay_through_clustering_and_finetuning(tmp_path: Path) -> None:
+    content = {**SMALL, "prune": {"sparsity": 0.8, "epochs": 2}}
+    content["cluster"] = {"n_clusters": 8, "preserve_sparsity": True, "assignment": "nearest"}
+    networks = train_networks(prepare(parse_recipe(content)), Stages(tmp_path, progress=False))
+    model = torchclust.strip_(networks.compressed)
+    weights = torch.cat([getattr(m, n).flatten() for m, n in prunable(model)])
+    assert int((weights == 0).sum()) >= round(0.8 * len(weights))
+    assert networks.accuracy["pruned"] is not None
+
+
+def test_pruning_rises_to_its_share_and_leaves_plain_parameters() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 4, 3, groups=4), torch.nn.Flatten(), torch.nn.Linear(64, 10)
+    )
+    names = set(model.state_dict())
+    shares = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *rest) -> None:
+            shares.append((model[2].weight == 0).float().mean().item())
+
+    images = TensorDataset(torch.randn(160, 4, 6, 6), torch.arange(160) % 10)
+    batches = DataLoader(images, batch_size=4)
+    callbacks = [GradualPruning(0.75), Watch()]
+    fit(model, batches, epochs=1, lr=1e-2, seed=0, callbacks=callbacks, progress=False)
+    assert set(model.state_dict()) == names
+    assert shares == sorted(shares)
+    assert shares[0] < 0.2
+    assert shares[30] == shares[-1] == pytest.approx(0.75, abs=0.01)
+    assert (model[0].weight != 0).all()  # depthwise
+
+
+@pytest.mark.parametrize("when", range(1, 4))
+def test_interrupted_then_resumed_equals_the_straight_run(
+    tmp_path: Path, monkeypatch, when: int
+) -> None:
+    """Ctrl-C during the n-th training; what was done is not done again, and the end is the same."""
+    recipe = parse_recipe({**SMALL, "seed": 3})
+    straight = run_recipe(recipe, tmp_path / "straight", progress=False)
+    fits = []
+
+    def interrupting(*args, **kwargs):
+        fits.append(1)
+        if len(fits) == when:
+            raise KeyboardInterrupt
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(stages, "fit", interrupting)
+    output = tmp_path / "interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, output, progress=False)
+    assert not (output / "report.json").exists()
+    resumed = run_recipe(recipe, output, resume=True, progress=False)
+    assert len(fits) == 3 + 1  # each of train, control, finetune once, and the interrupted one
+    assert without_times(resumed) == without_times(straight)
+    states = [sorted((tmp_path / f / "stages").glob("finetune*"))[0] for f in
+              ("straight", "interrupted")]  # fmt: skip
+    one, other = (torch.load(path, weights_only=True)["state"] for path in states)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_resuming_another_recipe_reuses_what_it_shares(tmp_path: Path) -> None:
+    said = []
+    run_recipe(parse_recipe(SMALL), tmp_path, progress=False)
+    changed = parse_recipe({**SMALL, "cluster": {"n_clusters": 4}})
+    report = run_recipe(changed, tmp_path, resume=True, say=said.append, progress=False)
+    assert said == ["train: done before", "control: done before", "cluster ...", "finetune ..."]
+    assert {row["n_clusters"] for row in report["tensors"]} == {4, None}
+    said.clear()
+    other = parse_recipe({**SMALL, "seed": 1})
+    run_recipe(other, tmp_path, resume=True, say=said.append, progress=False)
+    assert said == ["train ...", "control ...", "cluster ...", "finetune ..."]
+
+
+def test_a_run_repeats_from_its_report(tmp_path: Path) -> None:
+    first = run_recipe(parse_recipe(SMALL), tmp_path / "a", progress=False)
+    again = load_recipe(tmp_path / "a" / "report.json")
+    assert again == load_recipe(tmp_path / "a" / "recipe.yaml") == parse_recipe(SMALL)
+    second = run_recipe(again, tmp_path / "b", progress=False)
+    assert without_times(first) == without_times(second)
+    assert json.loads((tmp_path / "a" / "report.json").read_text()) == first
+
+
+def test_folders_that_hold_something(tmp_path: Path) -> None:
+    recipe = parse_recipe({**SMALL, "cluster": None, "finetune": None})
+    mine = tmp_path / "mine.txt"
+    mine.write_text("keep me")
+    with pytest.raises(RecipeError, match=r"is not empty: add --resume .*, --overwrite"):
+        run_recipe(recipe, tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(RecipeError, match=r"mine\.txt is a file; name a folder"):
+        run_recipe(recipe, mine, progress=False)
+    run_recipe(recipe, tmp_path, overwrite=True, progress=False)
+    (tmp_path / "stages" / "stray").write_text("")
+    run_recipe(recipe, tmp_path, overwrite=True, progress=False)
+    assert mine.read_text() == "keep me"
+    assert not (tmp_path / "stages" / "stray").exists()
+
+
+def test_a_recipe_that_can_not_run_leaves_nothing(tmp_path: Path) -> None:
+    nothing = parse_recipe({**SMALL, "cluster": {"rules": {"*": None}}})
+    with pytest.raises(RecipeError, match="cluster: the rules leave every tensor alone"):
+        run_recipe(nothing, tmp_path / "new", progress=False)
+    recipe = parse_recipe({**SMALL, "cluster": {"rules": {"stem.*": 4}}})
+    with pytest.raises(RecipeError, match="matches no parameter"):
+        run_recipe(recipe, tmp_path / "new", progress=False)
+    assert list(tmp_path.iterdir()) == []
+    run_recipe(parse_recipe(SMALL), tmp_path / "old", progress=False)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "old").rglob("*")}
+    with pytest.raises(RecipeError, match="matches no parameter"):
+        run_recipe(recipe, tmp_path / "old", overwrite=True, progress=False)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "old").rglob("*")}
+
+
+def test_a_damaged_stage_is_computed_again(tmp_path: Path) -> None:
+    said = []
+    first = run_recipe(parse_recipe(SMALL), tmp_path, progress=False)
+    stage = next((tmp_path / "stages").glob("finetune*"))
+    stage.write_bytes(stage.read_bytes()[:-50])
+    again = run_recipe(parse_recipe(SMALL), tmp_path, resume=True, say=said.append, progress=False)
+    assert said[-1] == "finetune ..."
+    assert without_times(first) == without_times(again)
+
+
+def test_without_export_its_keys_are_null(tmp_path: Path) -> None:
+    report = run_recipe(parse_recipe(SMALL), tmp_path, progress=False)
+    check_contract(report)
+    assert set(report["bytes"].values()) == {None}
+    assert gains(report) == []
+    assert "## What was gained" not in markdown(report)
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctrl_c_inside_lightning_is_a_keyboard_interrupt() -> None:
+    class Press(pl.Callback):
+        def on_train_batch_start(self, *_) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    batches = DataLoader(TensorDataset(torch.randn(2, 1, 2, 2), torch.arange(2)))
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, batches, epochs=1, lr=1e-3, seed=0, callbacks=[Press()], progress=False)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_sweep_shares_stages_and_compares(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(SMALL))
+    said = []
+    settings = ["cluster.n_clusters=4,8", "cluster.init=linear,optimal", "seed=1"]
+    rows = run_sweep(file, settings, tmp_path / "s", say=said.append, progress=False)
+    assert [row["label"] for row in rows] == [
+        "n_clusters=4, init=linear", "n_clusters=4, init=optimal",
+        "n_clusters=8, init=linear", "n_clusters=8, init=optimal",
+    ]  # fmt: skip
+    assert said.count("train ...") == said.count("control ...") == 1
+    assert said.count("finetune ...") == 4
+    report = json.loads((tmp_path / "s" / "n_clusters=4_init=linear" / "report.json").read_text())
+    assert report["recipe"]["cluster"]["n_clusters"] == 4
+    assert report["seed"] == 1
+    assert json.loads((tmp_path / "s" / "sweep.json").read_text()) == rows
+    with pytest.raises(RecipeError, match="is not empty"):
+        run_sweep(file, settings, tmp_path / "s")
+    said.clear()
+    run_sweep(file, settings, tmp_path / "s", resume=True, say=said.append, progress=False)
+    assert not any(line.endswith("...") for line in said)
+
+
+def test_sweep_needs_values_and_valid_recipes(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(SMALL))
+    with pytest.raises(RecipeError, match=r"no key has several values: .*n_clusters=4,8"):
+        plan(file, ["seed=1"])
+    with pytest.raises(RecipeError, match="n_clusters must be between 2 and 256, got 1"):
+        plan(file, ["cluster.n_clusters=1,2"])
+    assert [p.folder for p in plan(file, ["finetune.lr_scale=0.1,1e-2"])] == [
+        "lr_scale=0.1", "lr_scale=0.01",
+    ]  # fmt: skip
+    assert [p.label for p in plan(file, ["model=arm_mlp,lenet_300_100"])] == [
+        "model=arm_mlp", "model=lenet_300_100",
+    ]  # fmt: skip
+
+
+def test_pareto_front() -> None:
+    points = [(3.0, 90.0), (1.0, 80.0), (2.0, 79.0), (4.0, 90.0), (2.5, 85.0)]
+    assert front(points) == [1, 4, 0]
+
+
+def test_zipped_size_is_a_deflated_archive(tmp_path: Path) -> None:
+    file = tmp_path / "a.bin"
+    file.write_bytes(np.random.default_rng(0).integers(0, 16, 10_000, dtype=np.uint8).tobytes())
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(file, "a.bin")
+    assert zipped_size(file) == (tmp_path / "a.zip").stat().st_size
+
+
+def check_contract(report: dict) -> None:
+    """Compare a report's keys with API.md, section 6."""
+    for section, keys in CONTRACT.items():
+        assert keys <= set(report[section]), section
+    assert report["tensors"]
+    for row in report["tensors"]:
+        assert set(row) == TENSOR_KEYS
+    json.dumps(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_the_demo_end_to_end_on_real_digits(tmp_path: Path, monkeypatch, batch_norm: bool) -> None:
+    """recipes/mnist_cnn.yaml with fewer epochs: everything the demo promises, in its report."""
+    monkeypatch.undo()
+    settings = ["train.epochs=3", "finetune.epochs=1", "export.calibration_samples=50"]
+    norm = f"model.batch_norm={str(batch_norm).lower()}"
+    recipe = load_recipe(RECIPES / "mnist_cnn.yaml", [*settings, norm])
+    report = run_recipe(recipe, tmp_path, progress=False)
+    check_contract(report)
+    accuracy, size, vela = report["accuracy"], report["bytes"], report["vela"]
+    assert accuracy["float"] > 85
+    assert accuracy["int8"] >= accuracy["baseline_int8"] - 2  # 0.5 after the demo's epochs
+    assert vela["cpu_ops"] == 0
+    assert vela["encoded_weight_bytes"] <= 0.60 * vela["baseline_encoded_weight_bytes"]
+    assert size["clustered_float_tflite_zip"] * 5 <= size["float_tflite_zip"]
+    clustered = [row for row in report["tensors"] if row["n_clusters"]]
+    assert len(clustered) == 4
+    for row in clustered:
+        assert row["int8_codes"] <= row["n_clusters"]
+        assert row["distinct_weights"] <= row["n_clusters"]
+    assert size["int8_tflite"] == (tmp_path / "int8.tflite").stat().st_size
+    for name in ("report.md", "report.png", "float.tflite", "baseline_int8.tflite",
+                 "vela/int8_vela.tflite", "vela/baseline_int8_vela.tflite"):  # fmt: skip
+        assert (tmp_path / name).stat().st_size > 0
+    text = (tmp_path / "report.md").read_text()
+    for cells in gains(report):
+        assert "| " + " | ".join(cells) + " |" in text
+    resumed = run_recipe(recipe, tmp_path, resume=True, progress=False)
+    assert resumed == report
+    clusterings = dict(named_clusterings(train_networks(
+        prepare(recipe), Stages(tmp_path / "stages", progress=False)).compressed))  # fmt: skip
+    assert set(clusterings) == {row["name"] for row in clustered}
