@@ -153,7 +153,7 @@ def _row(name: str, value: Tensor, decision: Decision, clustering: Clustering | 
         shape=tuple(value.shape),
         n_clusters=config.n_clusters,
         codebook_dtype=config.codebook_dtype,
-        distinct=_distinct(clustering, indices),
+        distinct=distinct_values(clustering, indices),
         entropy_bits=_entropy(torch.bincount(indices.reshape(-1))),
         bits_per_weight=bits,
         rate=width / bits,
@@ -175,7 +175,7 @@ def _codebook_bits(clustering: Clustering, width: int) -> int:
     return clustering.centroids.numel() * width
 
 
-def _distinct(clustering: Clustering, indices: Tensor) -> int:
+def distinct_values(clustering: Clustering, indices: Tensor) -> int:
     """Entries in use; of several codebooks, in the fullest."""
     config = clustering.config
     if config.granularity == "tensor":

@@ -1,0 +1,52 @@
+"""Clustering in several processes: fit once, be equal everywhere, send no indices in training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torchclust.parametrization import ClusteredWeight
+
+ResultT = TypeVar("ResultT")
+
+
+def on_rank_zero(
+    work: Callable[[], ResultT], is_rank_zero: bool, broadcast: Callable[[Any], Any]
+) -> ResultT:
+    """What ``work`` returns or raises on rank 0, on every rank: none is left waiting for it.
+
+    Args:
+        work: called on rank 0 only; its result can be pickled.
+        is_rank_zero: whether this process is the one.
+        broadcast: sends rank 0's argument to all, and is called by all.
+    """
+    outcome: Any = None
+    if is_rank_zero:
+        try:
+            outcome = work()
+        except Exception as error:
+            outcome = error
+    outcome = broadcast(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    result: ResultT = outcome
+    return result
+
+
+def keep_indices_local(model: nn.Module | None) -> None:
+    """Stop DDP from sending indices with every forward; it made them equal when it was built.
+
+    ``parameters_to_ignore`` (torch 2.13) is what `DistributedDataParallel` itself consults each
+    time. For a clustered model wrapped by hand, ``broadcast_buffers=False`` has the same effect.
+    A model that is not wrapped is left as it is.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.parameters_to_ignore |= {
+            f"{path}.{name}"
+            for path, module in model.module.named_modules()
+            if isinstance(module, ClusteredWeight)
+            for name, _ in module.named_buffers()
+        }
