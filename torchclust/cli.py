@@ -225,6 +225,8 @@ def _export(args: argparse.Namespace) -> Any:
     from torchclust.prepare import load_checkpoint_, prepare
     from torchclust.recipe import ExportSection, load_recipe
 
+    if not args.tflite.parent.is_dir():
+        raise InputError(f"cannot write {args.tflite}: {args.tflite.parent} does not exist")
     recipe = load_recipe(args.recipe, args.settings)
     prepared = prepare(recipe)
     model = load_checkpoint_(prepared.model, args.checkpoint).eval()

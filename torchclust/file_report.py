@@ -70,7 +70,7 @@ def skeleton(state: dict[str, Tensor]) -> nn.Module:
             if part not in module._modules:
                 module.add_module(part, nn.Module())
             module = module.get_submodule(part)
-        if value.is_floating_point():
+        if value.is_floating_point() and last not in ("running_mean", "running_var"):
             module.register_parameter(last, nn.Parameter(torch.empty_like(value), False))
         else:
             module.register_buffer(last, torch.empty_like(value))

@@ -1,0 +1,224 @@
+"""The command line: exit statuses, one line per error, what is imported when, Ctrl-C."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_data import write_idx
+from test_recipe import fake_data
+
+import torchclust
+from torchclust import cli
+from torchclust import prepare as preparing
+from torchclust.file_report import describe
+
+RECIPE = """
+name: tiny
+data: {name: mnist5k, batch_size: 8}
+model: arm_mlp
+train: {epochs: 1}
+cluster: {n_clusters: 8}
+finetune: {epochs: 1}
+"""
+HEAVY = ("pytorch_lightning", "matplotlib", "pydantic", "yaml", "rich", "ai_edge_litert",
+         "litert_torch", "mlxtend")  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch) -> str:
+    monkeypatch.setattr(preparing, "load_data", fake_data)
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(RECIPE)
+    return "r.yaml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("run none.yaml", "cannot read none.yaml: No such file or directory"),
+        ("run r.yaml --set clster=8", "unknown key clster; did you mean 'cluster'"),
+        ("run r.yaml --set train.epochs=x", "train.epochs: should be a valid integer, got 'x'"),
+        ("run r.yaml --set cluster.n_clusters=1", "must be between 2 and 256, got 1"),
+        ("run r.yaml --set cluster.rules={stem:8}", r"rule 'stem:8' matches no parameter"),
+        ("run r.yaml --set model.checkpoint=x.pt", "model.checkpoint: cannot read x.pt"),
+        ("run r.yaml --output full", "full is not empty: add --resume"),
+        ("run r.yaml --output r.yaml --overwrite", "r.yaml is a file"),
+        ("sweep r.yaml", "no key has several values"),
+        ("sweep r.yaml --set cluster.n_clusters=4,1", "must be between 2 and 256, got 1"),
+        ("check r.yaml --set model=nn", "no network 'nn'"),
+        ("report none.pt", "cannot report on none.pt: .*No such file"),
+        ("report r.yaml", "cannot report on r.yaml: it is no .tflite file, and no checkpoint"),
+        ("vela none.tflite", "No such file or directory: 'none.tflite'"),
+        ("vela r.yaml", "r.yaml: not a TFLite file"),
+        ("vela r.yaml --accelerator u55", "accelerator must be one of .*got 'u55'"),
+        ("export r.yaml none.pt out.tflite", "cannot read none.pt"),
+        ("export r.yaml plain.pt nowhere/out.tflite", "nowhere does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_status_2_and_no_output(
+    recipe: str, capsys, arguments: str, message: str
+) -> None:
+    Path("full").mkdir()
+    Path("full/mine").write_text("")
+    torch.save({"1.weight": torch.zeros(2)}, "plain.pt")
+    if "nowhere" in arguments:
+        model = fake_model()
+        torch.save(model.state_dict(), "plain.pt")
+    before = sorted(Path().rglob("*"))
+    assert cli.main(arguments.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(r"torchclust: [^\n]+\n", captured.err)
+    assert re.search(message, captured.err)
+    assert sorted(Path().rglob("*")) == before
+
+
+def fake_model() -> torch.nn.Module:
+    return preparing.build_model(
+        preparing.ModelSection(name="arm_mlp"), fake_data(preparing.DataSection(name="mnist5k")), 0
+    )
+
+
+def test_missing_data_set_names_the_remedy(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(RECIPE)
+    settings = ["--set", "data=fashion_mnist", "--set", f"data.root={tmp_path}"]
+    assert cli.main(["run", "r.yaml", *settings]) == 2
+    error = capsys.readouterr().err
+    assert "apt-get install dataset-fashion-mnist" in error
+    assert "data.root" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_usage_errors_have_status_2(capsys) -> None:
+    for arguments in ([], ["fly"], ["run"], ["run", "r.yaml", "--resume", "--overwrite"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(arguments)
+    assert "not allowed with argument --resume" in capsys.readouterr().err
+
+
+def test_help_shows_commands_and_examples(capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    for command in ("run", "check", "sweep", "report", "export", "vela"):
+        assert f"torchclust {command} " in text or f"    {command} " in text
+    for line in cli.EXAMPLES.splitlines()[1:]:
+        cli.parser().parse_args(line.split()[1:])
+
+
+def test_json_is_all_that_stands_on_standard_output(recipe: str, capsys) -> None:
+    assert cli.main(["run", recipe, "--json"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert report == json.loads(Path("runs/tiny/report.json").read_text())
+    assert "train ..." in captured.err
+    assert cli.main(["check", recipe, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] == report["recipe"]
+    assert cli.main(["run", recipe, "--resume", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_run_and_check_tell_a_person(recipe: str, capsys) -> None:
+    assert cli.main(["check", recipe]) == 0
+    assert "tiny is a valid recipe" in capsys.readouterr().out
+    assert cli.main(["run", recipe, "--output", "out"]) == 0
+    text = capsys.readouterr().out
+    assert "finetune ..." in text
+    assert "\x1b" not in text  # colour is for terminals
+    assert "begin with out/report.md" in text
+    assert cli.main(["sweep", recipe, "--set", "cluster.n_clusters=4,8", "-q"]) == 0
+    assert Path("runs/tiny_sweep/sweep.md").read_text().count("n_clusters=") == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"codebook_dtype": "int8", "assignment": "nearest"}])
+def test_report_on_checkpoints_needs_no_architecture(tmp_path: Path, options: dict) -> None:
+    layers = torch.nn.ModuleDict(
+        {"stem": torch.nn.Conv2d(3, 8, 3), "norm": torch.nn.BatchNorm2d(8)}
+    )
+    model = torch.nn.Sequential(torch.nn.Linear(20, 30), layers)
+    torchclust.cluster_(model, {"*": 4, "Conv2d": 8}, **options)
+    torch.save({"state_dict": model.state_dict(), "epoch": 1}, tmp_path / "c.ckpt")
+    found = {row["name"]: row for row in describe(tmp_path / "c.ckpt").content["tensors"]}
+    expected = {row.name: row for row in torchclust.summary(model).rows}
+    assert set(found) == set(expected)
+    for name, row in expected.items():
+        for key in ("n_clusters", "distinct", "entropy_bits", "bits_per_weight"):
+            assert found[name][key] == getattr(row, key), (name, key)
+
+
+def test_report_refuses_what_holds_no_tensors(tmp_path: Path, capsys) -> None:
+    torch.save({"epoch": 1}, tmp_path / "c.pt")
+    assert cli.main(["report", str(tmp_path / "c.pt")]) == 2
+    assert "holds no tensors; save model.state_dict()" in capsys.readouterr().err
+
+
+def test_missing_package_names_the_install(recipe: str, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    monkeypatch.delitem(sys.modules, "torchclust.recipe")
+    assert cli.main(["check", recipe]) == 2
+    message = "torchclust: check needs the package 'yaml', which is not installed:  pip install"
+    assert message in capsys.readouterr().err
+
+
+def test_a_bug_is_no_input_error(recipe: str, monkeypatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(preparing, "load_data", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["check", recipe])
+
+
+def _imported_by(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_help_imports_nothing_heavy() -> None:
+    quick = _imported_by("import torchclust.cli; torchclust.cli.parser().format_help()")
+    assert quick.isdisjoint(HEAVY)
+    slow = _imported_by("import torchclust.run, rich.table")
+    assert {"pytorch_lightning", "matplotlib", "pydantic", "yaml", "rich"} <= slow
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
+    """A real process, a real SIGINT in the middle of the second training, then --resume."""
+    import numpy as np
+
+    for part, count in (("train", 2000), ("t10k", 20)):
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte", np.zeros((count, 28, 28)))
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte", np.arange(count) % 10)
+    text = RECIPE.replace("mnist5k", "fashion_mnist").replace("batch_size: 8", "batch_size: 2")
+    (tmp_path / "r.yaml").write_text(text)
+    words = [sys.executable, "-c", "from torchclust.cli import main; raise SystemExit(main())"]
+    words += ["run", "r.yaml", "--set", f"data.root={tmp_path}", "--set", "finetune.epochs=500"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, env=environment) as process:  # fmt: skip
+        for line in process.stdout:
+            if line.startswith("control ..."):
+                break
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    command = re.search(r"interrupted; what is finished is kept. Go on with:\n  (.*)\n$", errors)
+    assert command is not None
+    assert "Traceback" not in errors
+    again = command[1].split()[1:]
+    assert again[-1] == "--resume"
+    again[again.index("finetune.epochs=500")] = "finetune.epochs=0"
+    done = subprocess.run([*words[:3], *again], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "train: done before" in done.stdout
