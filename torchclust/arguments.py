@@ -1,8 +1,9 @@
-"""What both fits take: validated arguments, and values sorted once."""
+"""What both fits take: arguments checked, values sorted once."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,54 +16,149 @@ from torchclust.seeding import INITS
 
 MAX_CLUSTERS = 65536
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def check_request(n_clusters: int, init: str, max_iter: int, preserve_sparsity: bool) -> None:
-    """Refuse what no fit can serve, naming the argument and what was given."""
-    if isinstance(n_clusters, bool):
-        raise TypeError(f"n_clusters must be an int, got {n_clusters!r} (bool)")
-    try:
-        operator.index(n_clusters)
-    except TypeError:
-        kind = type(n_clusters).__name__
-        raise TypeError(f"n_clusters must be an int, got {n_clusters!r} ({kind})") from None
-    least = 3 if preserve_sparsity else 2
-    if n_clusters < least or n_clusters > MAX_CLUSTERS:
-        why = " with preserve_sparsity, which takes one for 0" if preserve_sparsity else ""
-        raise ValueError(f"n_clusters must be in {least}..{MAX_CLUSTERS}{why}, got {n_clusters}")
-    if init not in INITS:
-        raise ValueError(f"unknown init {init!r}: use one of {', '.join(map(repr, INITS))}")
+    """Refuse what no fit can serve.
+
+    Raises:
+        TypeError: `n_clusters` or `max_iter` is not an int (a bool is not).
+        ValueError: either is out of range, or `init` is unknown.
+    """
+    _check_int("n_clusters", n_clusters, "n_clusters=16")
+    _check_int("max_iter", max_iter, "max_iter=300")
+    if preserve_sparsity and n_clusters == 2:
+        raise ValueError(
+            "n_clusters must be at least 3 with preserve_sparsity, got 2: one centroid is 0, and "
+            "negative and positive weights need one each. For example n_clusters=3"
+        )
+    if not 2 <= n_clusters <= MAX_CLUSTERS:
+        raise ValueError(
+            f"n_clusters must be between 2 and {MAX_CLUSTERS}, got {n_clusters}. "
+            "For example n_clusters=16"
+        )
     if max_iter < 0:
-        raise ValueError(f"max_iter must be at least 0, got {max_iter}")
+        raise ValueError(f"max_iter must be at least 0, got {max_iter}. 0 keeps the seeds")
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {init!r}")
 
 
-def as_tensor(values: Tensor | npt.ArrayLike) -> Tensor:
-    data = values.detach() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
-    return data if data.is_floating_point() else data.to(torch.float64)
+def as_float_tensor(name: str, given: Tensor | npt.ArrayLike) -> Tensor:
+    """A detached tensor of a dtype that can be clustered; integers and lists become float64.
 
-
-def sort_values(data: Tensor, importance: Any) -> tuple[Floats, Floats | None]:
-    """Ascending float32 (float64 stays) copies of the values and their importances."""
-    if data.numel() == 0:
-        raise ValueError(f"values is empty (shape {tuple(data.shape)}): nothing to cluster")
-    wide = data if data.dtype == torch.float64 else data.to(torch.float32)
-    flat = wide.reshape(-1).cpu().numpy()
-    if importance is None:
-        ordered, weights = np.sort(flat), None
+    Raises:
+        TypeError: the dtype is complex, an 8-bit float or no number at all.
+    """
+    if isinstance(given, Tensor):
+        data = given.detach()
+        if not (data.is_floating_point() or data.is_complex()):
+            data = data.to(torch.float64)
     else:
-        weight = as_tensor(importance).to(torch.float64)
-        if weight.shape != data.shape:
-            given, wanted = tuple(weight.shape), tuple(data.shape)
-            raise ValueError(f"importance has shape {given}, values has {wanted}: they must agree")
-        weights = weight.reshape(-1).cpu().numpy()
-        if not (weights >= 0).all() or not np.isfinite(weights).all():
-            raise ValueError("importance must be finite and at least 0")
+        array = np.asarray(given)
+        if array.dtype.kind in "biu" or (array.dtype.itemsize > 8 and array.dtype.kind == "f"):
+            array = array.astype(np.float64)
+        if array.dtype.kind != "f":
+            raise TypeError(f"{name} must hold real numbers, got an array of {array.dtype}")
+        native = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+        data = torch.from_numpy(native if native.flags.writeable else native.copy())
+        data = data.reshape(array.shape)
+    if data.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {data.dtype}")
+    return data
+
+
+def checked_importance(given: Tensor | npt.ArrayLike | None, shape: Sequence[int]) -> Tensor | None:
+    """`importance` as a tensor of the values' shape.
+
+    Raises:
+        ValueError: another shape, or an element that is negative, NaN or infinite.
+    """
+    if given is None:
+        return None
+    importance = as_float_tensor("importance", given)
+    if tuple(importance.shape) != tuple(shape):
+        raise ValueError(
+            f"importance must have the shape of the values, {tuple(shape)}, "
+            f"got {tuple(importance.shape)}"
+        )
+    if importance.numel():
+        low, high = (float(bound) for bound in importance.aminmax())
+        if not (low >= 0 and np.isfinite(high)):
+            raise ValueError(
+                f"importance must be finite and at least 0, got values from {low} to {high}. "
+                "It weighs squared errors: pass squared gradients, not gradients"
+            )
+    return importance
+
+
+def sort_values(data: Tensor, importance: Tensor | None) -> tuple[Floats, Floats | None]:
+    """Ascending values and their positive importances, if any; values of importance 0 are left out.
+
+    Returns:
+        float32 copies, for float64 float64 ones. Importances that are all 0 count as all 1.
+
+    Raises:
+        ValueError: nothing to sort, or a value is NaN or infinite.
+    """
+    if data.numel() == 0:
+        raise ValueError(
+            f"values must not be empty, got shape {tuple(data.shape)}: "
+            "leave a tensor without elements out"
+        )
+    flat = _flat_array(data)
+    weights = None if importance is None else _flat_array(importance)
+    if weights is None:
+        values = np.sort(flat)
+    elif flat.dtype == weights.dtype == np.float32:
+        values, weights = _sorted_pairs(flat, weights)
+    else:
         order = np.argsort(flat)
-        ordered, weights = flat[order], weights[order]
-        if weights.any():
-            ordered, weights = ordered[weights > 0], weights[weights > 0]
+        values, weights = flat[order], weights[order]
+    if not (np.isfinite(values[0]) and np.isfinite(values[-1])):  # NaN sorts to an end
+        bad = int((~np.isfinite(flat)).sum())
+        raise ValueError(
+            f"values must be finite, got {bad} NaN or infinite of {len(flat)}. The usual cause is "
+            "a training that diverged: look at torch.isfinite(values)"
+        )
+    if weights is None or not weights.any():
+        return values, None
+    if not weights.all():
+        values, weights = values[weights > 0], weights[weights > 0]
+    return values, weights
+
+
+def _check_int(name: str, given: Any, example: str) -> None:
+    if not isinstance(given, bool):
+        try:
+            operator.index(given)
+        except TypeError:
+            pass
         else:
-            weights = None
-    if not (np.isfinite(ordered[0]) and np.isfinite(ordered[-1])):
-        bad = int((~torch.isfinite(data)).sum())
-        raise ValueError(f"values has {bad} NaN or infinite of {data.numel()} elements")
-    return ordered, weights
+            return
+    kind = type(given).__name__
+    raise TypeError(f"{name} must be an int, got {given!r} ({kind}). For example {example}")
+
+
+def _flat_array(data: Tensor) -> Floats:
+    wide = data if data.dtype == torch.float64 else data.to(torch.float32)
+    flat: Floats = wide.reshape(-1).cpu().numpy()
+    return flat
+
+
+def _sorted_pairs(values: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """Sort float32 pairs as one int64 each: four times faster than argsort.
+
+    The upper half orders like the value (a negative float's bits, but for the sign, are flipped),
+    the lower half is the weight's bits.
+    """
+    bits = values.view(np.int32)
+    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
+    key <<= 32
+    key |= weights.view(np.uint32)
+    key.sort()
+    weights = key.astype(np.uint32).view(np.float32)
+    key >>= 32
+    bits = key.astype(np.int32)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    return bits.view(np.float32), weights

@@ -1,24 +1,26 @@
 """Fit one codebook: k shared values for many weights (Deep Compression, section 3, Eq. 2).
 
-Arrays in, tensors out; nothing here knows about modules. Fitting happens on the CPU, in float64
-sums over values sorted once; the results return to the device of the input.
+Arrays in, tensors out; nothing here knows about modules. Values are sorted once; the rest reads
+prefix sums. A fit is not a training step: it runs on the CPU, and its results return to the device
+of the input.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchclust.arguments import as_tensor, check_request, sort_values
+from torchclust.arguments import as_float_tensor, check_request, checked_importance, sort_values
 from torchclust.integer_codebook import IntegerCodebook, fit_integer_codebook
-from torchclust.moments import Float64s, Floats, Moments
-from torchclust.nearest import assign
+from torchclust.moments import Float64s, Floats, Moments, distinct_starts, sum_of_squares
+from torchclust.nearest import assign, midpoints
 from torchclust.partition import optimal_bounds
-from torchclust.seeding import lloyd, nearest_bounds, seeds
+from torchclust.seeding import lloyd, seeds
 
 __all__ = ["Codebook", "IntegerCodebook", "assign", "fit_codebook", "fit_integer_codebook"]
 
@@ -30,8 +32,9 @@ class Codebook:
     Attributes:
         centroids: `(k',)` ascending and distinct, k' <= n_clusters, in the dtype of the values.
         indices: position in `centroids` of every value, in the values' shape; uint8 for up to 256
-            centroids, else int32.
-        inertia: weighted sum of squared errors.
+            centroids, else int32. The nearest centroid, the lower one of two as near (`assign`).
+        inertia: weighted sum of squared errors, with the centroids as they are (rounded to float16
+            or bfloat16 where the values are).
     """
 
     centroids: Tensor
@@ -51,81 +54,119 @@ def fit_codebook(
 ) -> Codebook:
     """Share at most `n_clusters` values among all of `values`, by k-means in one dimension.
 
+    Args:
+        values: float16, bfloat16, float32 or float64, any shape, finite; a tensor on any device, an
+            array or a list (integers count as float64). Fitted in float32 or float64, with float64
+            sums; magnitudes up to the largest finite one and down to denormals are fine.
+        n_clusters: 2 to 65536 (from 3 with `preserve_sparsity`).
+        init: `"optimal"`: the least weighted sum of squared errors (paper Eq. 2), exactly so up to
+            4096 distinct values and within 1e-4 of it beyond (`torchclust.partition` says how that
+            is bounded). Or seeds for Lloyd's steps:
+            `"linear"`, evenly spaced from the least to the greatest value; `"density"`, evenly
+            spaced quantiles, extremes included; `"random"`, distinct data points; `"kmeans++"`.
+        max_iter: Lloyd's steps after the seeds, 300 as in scikit-learn; 0 keeps the seeds, as TFMOT
+            does. `"optimal"` needs none.
+        importance: weights of the squared errors, the values' shape, >= 0; None for all equal. All
+            zero counts as all equal.
+        preserve_sparsity: one centroid is exactly 0 and every zero maps to it. The others are
+            shared between negative and positive values in proportion to their counts (half to
+            even); a sign with fewer distinct values than its share leaves the rest to the other.
+            Values nearer to 0 than to any other centroid map to 0 as well. `"optimal"` is then the
+            optimum under these conditions.
+        seed: of `"random"` and `"kmeans++"`. Equal arguments give equal results.
+
+    Returns:
+        The codebook, on the values' device. With fewer distinct values than `n_clusters` every
+        distinct value is its own centroid.
+
+    Raises:
+        TypeError: `n_clusters` or `max_iter` is no int; `values` are not real floats.
+        ValueError: `n_clusters` or `max_iter` out of range; `values` empty or not finite; unknown
+            `init`; `importance` of another shape, negative or not finite.
+
     >>> fit_codebook(torch.arange(11.0), 5, init="linear", max_iter=0).centroids
     tensor([ 0.0000,  2.5000,  5.0000,  7.5000, 10.0000])
+    >>> fit_codebook([0.0, 0.1, 5.0, 5.2, 9.9], 3).indices
+    tensor([0, 0, 1, 1, 2], dtype=torch.uint8)
     """
     check_request(n_clusters, init, max_iter, preserve_sparsity)
-    data = as_tensor(values)
+    data = as_float_tensor("values", values)
+    importance = checked_importance(importance, data.shape)
     ordered, weights = sort_values(data, importance)
-    rng = np.random.default_rng(seed)
+    method = _Method(init, max_iter, np.random.default_rng(seed))
     if preserve_sparsity:
-        found = _fit_around_zero(ordered, weights, n_clusters, init, max_iter, rng)
+        positive, nonzero = int((data > 0).sum()), int((data != 0).sum())
+        share = round((n_clusters - 1) * (nonzero - positive) / max(nonzero, 1))
+        found = _fit_around_zero(ordered, weights, share, n_clusters - 1 - share, method)
     else:
-        found = _fit_side(ordered, weights, n_clusters, init, max_iter, rng, pinned=False)
-    centroids = torch.unique(torch.from_numpy(found).to(data.dtype))
-    rounded = centroids.to(torch.float64).numpy()
-    moments = Moments(ordered, weights)
+        found = _fit(ordered, weights, n_clusters, method)
+    centroids = torch.unique(torch.from_numpy(found).to(data.dtype)) + 0.0  # no -0.0
+    dead = importance is not None and weights is None
     return Codebook(
         centroids=centroids.to(data.device),
         indices=assign(data, centroids.to(data.device)),
-        inertia=moments.inertia(nearest_bounds(moments, rounded), rounded),
+        inertia=0.0 if dead else _inertia(ordered, weights, centroids),
     )
 
 
-def _fit_side(
-    values: Floats,
-    weights: Floats | None,
-    k: int,
-    init: str,
-    max_iter: int,
-    rng: np.random.Generator,
-    *,
-    pinned: bool,
-) -> Float64s:
-    """Centroids of ascending values; with `pinned` a centroid at 0 comes first, on top of the k."""
-    zero = np.zeros(int(pinned))
-    distinct = _few_distinct(values, k)
-    if distinct is not None:
-        return np.concatenate([zero, distinct])
-    moments = Moments(values, weights, centre=0.0 if pinned else None)
-    if init == "optimal":
-        bounds = optimal_bounds(moments, k + int(pinned), pinned=pinned)
-        means = moments.means(bounds, np.zeros(len(bounds) - 1))
-        return np.concatenate([zero, means[int(pinned) :]])
-    start = np.concatenate([zero, seeds(init, moments, k, rng)])
-    return lloyd(moments, start, max_iter, pinned=pinned)
+class _Method(NamedTuple):
+    init: str
+    max_iter: int
+    rng: np.random.Generator
 
 
-def _few_distinct(values: Floats, k: int) -> Float64s | None:
-    """The distinct values if there are at most k of them."""
-    found, at = [], 0
-    while at < len(values):
-        if len(found) == k:
-            return None
-        found.append(float(values[at]))
-        at = int(np.searchsorted(values, values[at], side="right"))
-    return np.array(found)
+def _fit(values: Floats, weights: Floats | None, k: int, method: _Method) -> Float64s:
+    """At most k centroids of ascending values."""
+    starts = distinct_starts(values, k if method.init == "optimal" else k - 1)
+    if starts is not None:
+        return values[starts].astype(np.float64)
+    moments = Moments(values, weights)
+    if method.init == "optimal":
+        bounds = optimal_bounds(moments, k)
+        return moments.means(bounds, np.zeros(k))
+    return lloyd(moments, seeds(method.init, moments, k, method.rng), method.max_iter)
 
 
 def _fit_around_zero(
-    values: Floats,
-    weights: Floats | None,
-    n_clusters: int,
-    init: str,
-    max_iter: int,
-    rng: np.random.Generator,
+    values: Floats, weights: Floats | None, k_left: int, k_right: int, method: _Method
 ) -> Float64s:
-    """One centroid at 0; the others shared out in proportion to the counts of either sign."""
+    """A centroid at 0 and at most so many on either side of it."""
     below = int(np.searchsorted(values, 0.0, side="left"))
-    above = len(values) - int(np.searchsorted(values, 0.0, side="right"))
-    left = -values[:below][::-1], None if weights is None else weights[:below][::-1]
-    right = values[len(values) - above :], None if weights is None else weights[-above:]
-    free = n_clusters - 1
-    k_left = round(free * below / max(below + above, 1))
-    sides = []
-    for (side, side_weights), k in ((left, k_left), (right, free - k_left)):
-        if len(side) and k:
-            sides.append(_fit_side(side, side_weights, k, init, max_iter, rng, pinned=True)[1:])
-        else:
-            sides.append(np.empty(0))
-    return np.concatenate([-sides[0][::-1], [0.0], sides[1]])
+    above = int(np.searchsorted(values, 0.0, side="right"))
+    left, right = np.ascontiguousarray(-values[:below][::-1]), values[above:]
+    total = k_left + k_right
+    k_left = min(_distinct(left, total), max(k_left, total - _distinct(right, total)))
+    left_weights = None if weights is None else np.ascontiguousarray(weights[:below][::-1])
+    right_weights = None if weights is None else weights[above:]
+    negative = _fit_above_zero(left, left_weights, k_left, method)
+    positive = _fit_above_zero(right, right_weights, total - k_left, method)
+    return np.concatenate([-negative[::-1], [0.0], positive])
+
+
+def _distinct(values: Floats, most: int) -> int:
+    """How many distinct values there are, but at most `most`."""
+    starts = distinct_starts(values, most) if len(values) else values
+    return most if starts is None else len(starts)
+
+
+def _fit_above_zero(values: Floats, weights: Floats | None, k: int, method: _Method) -> Float64s:
+    """At most k centroids of ascending positive values, beside one that stays at 0."""
+    if k == 0 or len(values) == 0:
+        return np.empty(0)
+    starts = distinct_starts(values, k if method.init == "optimal" else k - 1)
+    if starts is not None:
+        return values[starts].astype(np.float64)
+    moments = Moments(values, weights, centre=0.0)
+    if method.init == "optimal":
+        bounds = optimal_bounds(moments, k + 1, pinned=True)
+        return moments.means(bounds, np.zeros(k + 1))[1:]
+    start = np.concatenate([[0.0], seeds(method.init, moments, k, method.rng)])
+    return lloyd(moments, start, method.max_iter, pinned=True)[1:]
+
+
+def _inertia(values: Floats, weights: Floats | None, centroids: Tensor) -> float:
+    """Of the assignment that `assign` makes: the same boundaries, found among sorted values."""
+    wide = centroids.to(torch.float64 if values.dtype == np.float64 else torch.float32)
+    inner = np.searchsorted(values, midpoints(wide).numpy(), side="right")
+    bounds = np.concatenate([[0], inner, [len(values)]])
+    return sum_of_squares(values, weights, bounds, wide.double().numpy())

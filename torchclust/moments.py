@@ -11,18 +11,16 @@ Floats = npt.NDArray[np.floating[Any]]
 Float64s = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_BLOCK = (
-    32  # values per stored prefix sum: 1/32 of the memory, at most 31 values to add up per query
-)
-_CHUNK = 1 << 16  # values converted to float64 at a time: stays in the second-level cache
+_RUN = 32  # values per stored prefix sum: an eighth of float32's memory, 31 values to add a query
+_CHUNK = 1 << 15  # values widened to float64 at a time: a multiple of _RUN that stays in the cache
 
 
 class Moments:
     """Prefix sums of weight, weighted value and weighted square over ascending values.
 
-    The sums are of ``u = value * scale - centre``, in float64: `scale` is the power of two that brings the
-    largest magnitude near 1, so that neither 1e38 nor a denormal over- or underflows when squared, and
-    they run outwards from `centre`, so that one huge outlier costs no digits among the small values.
+    The sums are of ``u = value * scale - centre``, in float64. `scale` is the power of two that
+    brings the largest magnitude below 1, so that the square of neither 1e38 nor a denormal leaves
+    the range. They run outwards from `centre`: one huge outlier costs no digits among the rest.
 
     Args:
         values: `(n,)` ascending, finite, float32 or float64, n >= 1.
@@ -36,59 +34,31 @@ class Moments:
         self.values = values
         self.weights = weights
         self.n = len(values)
-        largest = max(abs(float(values[0])), abs(float(values[-1])))
-        self.scale = float(np.ldexp(1.0, -int(np.frexp(largest)[1]))) if largest else 1.0
-        if not np.isfinite(self.scale):  # float64 denormals only
-            self.scale = float(np.ldexp(1.0, 1023))
+        self.scale = _power_of_two(max(abs(float(values[0])), abs(float(values[-1]))))
+        self._weight_scale = 1.0 if weights is None else _power_of_two(float(weights.max()))
         middle = float(values[self.n // 2]) if centre is None else centre
         self.centre = middle * self.scale
-        origin = int(np.searchsorted(values, values.dtype.type(middle))) // _BLOCK
-        blocks = self._block_sums()
-        self._prefix = np.zeros((3, blocks.shape[1] + 1))
-        np.cumsum(blocks[:, origin:], axis=1, out=self._prefix[:, origin + 1 :])
-        inward = np.cumsum(blocks[:, :origin][:, ::-1], axis=1)[:, ::-1]
-        self._prefix[:, :origin] = -inward
-
-    def _terms(self, start: int, stop: int) -> Float64s:
-        """`(3, stop - start)`: weight, weighted u and weighted u squared of some of the values."""
-        terms = np.empty((3, stop - start))
-        u = self.values[start:stop] * np.float64(self.scale) - self.centre
-        terms[0] = 1.0 if self.weights is None else self.weights[start:stop]
-        np.multiply(terms[0], u, out=terms[1])
-        np.multiply(terms[1], u, out=terms[2])
-        return terms
-
-    def _block_sums(self) -> Float64s:
-        full = -(-self.n // _BLOCK)
-        sums = np.zeros((3, full))
-        for start in range(0, self.n, _CHUNK):
-            stop = min(start + _CHUNK, self.n)
-            terms = self._terms(start, stop)
-            whole = (stop - start) // _BLOCK
-            first = start // _BLOCK
-            sums[:, first : first + whole] = (
-                terms[:, : whole * _BLOCK].reshape(3, whole, _BLOCK).sum(axis=2)
-            )
-            if whole * _BLOCK < stop - start:
-                sums[:, first + whole] = terms[:, whole * _BLOCK :].sum(axis=1)
-        return sums
+        origin = int(np.searchsorted(values, values.dtype.type(middle))) // _RUN
+        sums = self._sums_of_runs()
+        self._prefix = np.zeros((len(sums), sums.shape[1] + 1))
+        np.cumsum(sums[:, origin:], axis=1, out=self._prefix[:, origin + 1 :])
+        self._prefix[:, :origin] = -np.cumsum(sums[:, :origin][:, ::-1], axis=1)[:, ::-1]
 
     def at(self, positions: Ints) -> Float64s:
-        """`(3, *positions.shape)`: the sums over ``values[:position]``, up to a common constant."""
-        block, rest = np.divmod(positions, _BLOCK)
-        sums = self._prefix[:, block]
-        if not rest.any():
-            return sums
-        offsets = np.arange(_BLOCK - 1)
-        reach = np.minimum((block * _BLOCK)[..., None] + offsets, self.n - 1)
-        u = self.values[reach] * np.float64(self.scale) - self.centre
-        weight = (offsets < rest[..., None]).astype(np.float64)
-        if self.weights is not None:
-            weight *= self.weights[reach]
-        first = weight * u
-        sums[0] += weight.sum(axis=-1)
-        sums[1] += first.sum(axis=-1)
-        sums[2] += (first * u).sum(axis=-1)
+        """`(3, *positions.shape)`: sums over ``values[:position]``, but for a common constant.
+
+        Only their differences mean something: the moments of the values between two positions.
+        """
+        run, rest = np.divmod(positions, _RUN)
+        sums = np.empty((3, *positions.shape))
+        sums[0] = positions
+        sums[3 - len(self._prefix) :] = self._prefix[:, run]
+        if rest.any():
+            offsets = np.arange(_RUN - 1)
+            inside = offsets < rest[..., None]
+            reach = np.minimum((run * _RUN)[..., None] + offsets, self.n - 1)
+            terms = self._terms(reach)
+            sums[3 - len(terms) :] += np.where(inside, terms, 0.0).sum(axis=-1)
         return sums
 
     def means(self, bounds: Ints, fallback: Float64s) -> Float64s:
@@ -97,27 +67,78 @@ class Moments:
         Clipped to the run's own range, so that the mean of equal values is exactly that value.
         """
         weight, first, _ = np.diff(self.at(bounds), axis=1)
-        filled = (np.diff(bounds) > 0) & (weight > 0)
+        filled = np.diff(bounds) > 0
         mean = (first / np.where(filled, weight, 1.0) + self.centre) / self.scale
         low = self.values[np.minimum(bounds[:-1], self.n - 1)]
         high = self.values[np.maximum(bounds[1:] - 1, 0)]
         return np.where(filled, np.minimum(np.maximum(mean, low), high), fallback)
 
-    def inertia(self, bounds: Ints, centroids: Float64s) -> float:
-        """Weighted sum of squared distances of each run to its centroid, by a second pass."""
-        total = 0.0
-        for low, high, centroid in zip(bounds[:-1], bounds[1:], centroids, strict=True):
-            middle = np.float64(centroid) * self.scale
-            for start in range(int(low), int(high), _CHUNK):
-                part = slice(start, min(start + _CHUNK, int(high)))
-                u = self.values[part] * np.float64(self.scale) - middle
-                total += float(np.dot(u if self.weights is None else u * self.weights[part], u))
-        with np.errstate(over="ignore", under="ignore"):
-            return float(np.float64(total) / self.scale / self.scale)
+    def _scaled(self, part: slice | Ints) -> Float64s:
+        scaled: Float64s = self.values[part].astype(np.float64)
+        scaled *= self.scale
+        return scaled
+
+    def _weight(self, part: slice | Ints) -> Float64s:
+        assert self.weights is not None
+        return self.weights[part].astype(np.float64) * self._weight_scale
+
+    def _terms(self, part: slice | Ints) -> Float64s:
+        """`([weight,] weight * u, weight * u^2)`; an unweighted value's weight is its count."""
+        u = self._scaled(part)
+        u -= self.centre
+        if self.weights is None:
+            return np.stack([u, u * u])
+        weight = self._weight(part)
+        return np.stack([weight, weight * u, weight * u * u])
+
+    def _sums_of_runs(self) -> Float64s:
+        """The terms, summed over every `_RUN` values."""
+        rows = 2 if self.weights is None else 3
+        sums = np.zeros((rows, -(-self.n // _RUN)))
+        ones = np.ones(_RUN)
+        for start in range(0, self.n, _CHUNK):
+            terms = self._terms(slice(start, min(start + _CHUNK, self.n)))
+            whole = terms.shape[1] // _RUN
+            at = start // _RUN
+            sums[:, at : at + whole] = terms[:, : whole * _RUN].reshape(rows, whole, _RUN) @ ones
+            if whole * _RUN < terms.shape[1]:
+                sums[:, at + whole] = terms[:, whole * _RUN :].sum(axis=1)
+        return sums
 
 
-def run_cost(low: Float64s, high: Float64s) -> Float64s:
-    """Within-run sum of squares (paper Eq. 2) between two prefix sums; 0 for an empty run."""
-    weight, first, second = high[0] - low[0], high[1] - low[1], high[2] - low[2]
-    mean_square = np.divide(first * first, weight, out=np.zeros_like(first), where=weight > 0)
-    return np.maximum(second - mean_square, 0.0)
+def sum_of_squares(
+    values: Floats, weights: Floats | None, bounds: Ints, centroids: Float64s
+) -> float:
+    """Weighted squared distances of every run of values between `bounds` to its centroid, summed.
+
+    Infinite or 0 where the sum itself is out of float64's range.
+    """
+    scale = _power_of_two(max(abs(float(values[0])), abs(float(values[-1]))))
+    weight_scale = 1.0 if weights is None else _power_of_two(float(weights.max()))
+    total = np.zeros(())
+    for low, high, centroid in zip(bounds[:-1], bounds[1:], centroids, strict=True):
+        for start in range(int(low), int(high), _CHUNK):
+            part = slice(start, min(start + _CHUNK, int(high)))
+            u = values[part].astype(np.float64) * scale - centroid * scale
+            total += u @ (u if weights is None else u * (weights[part] * np.float64(weight_scale)))
+    with np.errstate(over="ignore", under="ignore"):
+        return float(total / weight_scale / scale / scale)
+
+
+def distinct_starts(values: Floats, limit: int) -> Ints | None:
+    """Where each distinct one of the ascending values begins; None if there are over `limit`."""
+    found, count = [np.zeros(1, dtype=np.int64)], 1
+    for start in range(1, len(values), _CHUNK):
+        part = values[start - 1 : start + _CHUNK]
+        changes = np.flatnonzero(part[1:] != part[:-1]) + start
+        found.append(changes)
+        count += len(changes)
+        if count > limit:
+            return None
+    return np.concatenate(found)
+
+
+def _power_of_two(largest: float) -> float:
+    """The factor that brings a magnitude into [0.5, 1), as far as float64 has one; 1 for 0."""
+    exponent = int(np.frexp(largest)[1])
+    return float(np.ldexp(1.0, min(-exponent, 1023))) if largest else 1.0

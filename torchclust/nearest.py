@@ -55,7 +55,7 @@ def count_below(values: Tensor, boundaries: Tensor) -> Tensor:
     `torch.bucketize`.
 
     Args:
-        values: floating, any shape and device, no NaN; float16 and bfloat16 are compared as float32.
+        values: floating, any shape and device, no NaN; 16-bit floats are compared as float32.
         boundaries: `(b,)` ascending, on the same device.
 
     Returns:

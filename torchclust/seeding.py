@@ -8,13 +8,24 @@ from torchclust.moments import Float64s, Ints, Moments
 
 INITS = ("optimal", "linear", "density", "random", "kmeans++")
 
+_PROBES = 64  # positions looked at together while a draw is located
+
 
 def seeds(init: str, moments: Moments, k: int, rng: np.random.Generator) -> Float64s:
-    """At most k ascending, distinct starting centroids by the named rule."""
-    low, high = float(moments.values[0]), float(moments.values[-1])
+    """At most k ascending, distinct starting centroids.
+
+    Args:
+        init: `"linear"`: evenly spaced from the least to the greatest value. `"density"`: the
+            quantiles at evenly spaced shares, 0 and 1 included, of the (weighted) distribution.
+            `"random"`: Forgy, distinct values drawn like data points. `"kmeans++"`: each further
+            seed drawn with probability proportional to weight times squared distance to the
+            nearest one before (Arthur and Vassilvitskii 2007).
+        moments: the values, at least k of them distinct.
+        k: number of seeds.
+        rng: of `"random"` and `"kmeans++"`; the others do not draw.
+    """
     if init == "linear":
-        share = np.linspace(0.0, 1.0, k)
-        return np.unique(np.clip(low * (1 - share) + high * share, low, high))
+        return _linear(moments, k)
     if init == "density":
         return np.unique(_quantiles(moments, np.linspace(0.0, 1.0, k)))
     if init == "random":
@@ -22,43 +33,71 @@ def seeds(init: str, moments: Moments, k: int, rng: np.random.Generator) -> Floa
     return _plus_plus(moments, k, rng)
 
 
+def _linear(moments: Moments, k: int) -> Float64s:
+    low, high = float(moments.values[0]), float(moments.values[-1])
+    halves = np.linspace(low / 2, high / 2, k)  # high - low may be out of range, half of it is not
+    return np.unique(np.clip(2 * halves, low, high))
+
+
 def _quantiles(moments: Moments, share: Float64s) -> Float64s:
-    """Values at these shares of the total weight; numpy.quantile's rule when all weights are equal."""
+    """Values at these shares of the weight, linear in between; as numpy.quantile if unweighted."""
     values, weights = moments.values, moments.weights
     if weights is None:
-        return np.quantile(values.astype(np.float64), share)
-    rank = np.cumsum(weights, dtype=np.float64) - weights / 2
-    rank = (rank - rank[0]) / max(float(rank[-1] - rank[0]), 1e-300)
-    return np.interp(share, rank, values.astype(np.float64))
+        place = share * (moments.n - 1)
+    else:
+        rank = np.cumsum(weights, dtype=np.float64) - weights / 2
+        rank -= rank[0]
+        place = np.interp(share * rank[-1], rank, np.arange(moments.n))
+    below = np.minimum(place.astype(np.int64), moments.n - 2)
+    part = place - below
+    low, high = values[below].astype(np.float64), values[below + 1].astype(np.float64)
+    between: Float64s = low * (1 - part) + high * part
+    return between
 
 
 def _forgy(moments: Moments, k: int, rng: np.random.Generator) -> Float64s:
-    """k distinct values, drawn like data points: a value that occurs twice is twice as likely."""
+    """A value that occurs twice is twice as likely, but is drawn once."""
     values = moments.values
-    starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
-    counts = np.diff(np.r_[starts, len(values)])
-    drawn = rng.choice(starts, min(k, len(starts)), replace=False, p=counts / len(values))
+    starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+    share = np.diff(np.append(starts, moments.n)) / moments.n
+    drawn = rng.choice(starts, k, replace=False, p=share)
     return np.sort(values[drawn].astype(np.float64))
 
 
 def _plus_plus(moments: Moments, k: int, rng: np.random.Generator) -> Float64s:
-    """k-means++: each further seed is drawn with probability proportional to weight x distance^2."""
-    values = moments.values.astype(np.float64) * moments.scale
-    weights = np.ones(moments.n) if moments.weights is None else moments.weights.astype(np.float64)
-    chosen = [float(values[_draw(weights, rng)])]
-    distance = np.square(values - chosen[0])
+    """k-means++ on prefix sums: a draw costs O(k + log n), not O(n)."""
+    whole = np.array([1.0, 0.0, 0.0])
+    chosen = {_draw(moments, (0, moments.n), whole, rng)}
     for _ in range(k - 1):
-        potential = weights * distance
-        if not potential.any():
-            break
-        chosen.append(float(values[_draw(potential, rng)]))
-        np.minimum(distance, np.square(values - chosen[-1]), out=distance)
-    return np.unique(chosen) / moments.scale
+        centroids = np.array(sorted(chosen))
+        bounds = nearest_bounds(moments, centroids)
+        u = centroids * moments.scale - moments.centre
+        square_distance = np.stack([u * u, -2 * u, np.ones(len(u))])
+        mass = np.cumsum(np.maximum((np.diff(moments.at(bounds)) * square_distance).sum(axis=0), 0))
+        cell = int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
+        cell = min(cell, len(u) - 1)
+        run = int(bounds[cell]), int(bounds[cell + 1])
+        chosen.add(_draw(moments, run, square_distance[:, cell], rng))
+    return np.array(sorted(chosen))
 
 
-def _draw(mass: Float64s, rng: np.random.Generator) -> int:
-    total = np.cumsum(mass)
-    return int(np.searchsorted(total, rng.random() * total[-1], side="right"))
+def _draw(
+    moments: Moments, run: tuple[int, int], factors: Float64s, rng: np.random.Generator
+) -> float:
+    """A value of the run [low, high), as likely as factors @ (weight, weight u, weight u^2)."""
+    low, high = run
+    target = rng.random()
+    base: Float64s | None = None
+    while high - low > 1:
+        probes = np.unique(np.linspace(low, high, _PROBES, dtype=np.int64))
+        sums = moments.at(probes)
+        if base is None:
+            base = sums[:, 0]
+            target *= float(factors @ (sums[:, -1] - base))
+        mass = np.maximum.accumulate(factors @ (sums - base[:, None]))
+        at = int(np.searchsorted(mass[1:-1], target, side="right"))
+        low, high = int(probes[at]), int(probes[at + 1])
+    return float(moments.values[low])
 
 
 def lloyd(
@@ -80,6 +119,8 @@ def lloyd(
 
 def nearest_bounds(moments: Moments, centroids: Float64s) -> Ints:
     """`(k + 1,)` positions that part the values at the midpoints; a value on one goes below."""
-    middle = (centroids[:-1] / 2 + centroids[1:] / 2).astype(moments.values.dtype)
-    inner = np.searchsorted(moments.values, middle, side="right")
+    middle = centroids[:-1] / 2 + centroids[1:] / 2
+    limits = middle.astype(moments.values.dtype)
+    limits = np.where(limits > middle, np.nextafter(limits, limits.dtype.type(-np.inf)), limits)
+    inner = np.searchsorted(moments.values, limits, side="right")
     return np.concatenate([[0], inner, [moments.n]])
