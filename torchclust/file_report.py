@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import torchclust
+from torchclust.packed_sections import MAGIC
+from torchclust.packed_size import packed_size
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ def describe(path: Path) -> FileReport:
         head = file.read(8)
     if head[4:8] == b"TFL3":
         return _describe_tflite(path)
+    if head == MAGIC:
+        packed = packed_size(path)
+        return FileReport(f"{path}\n{packed}", {"file": str(path), **packed.to_dict()})
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:

@@ -16,13 +16,13 @@ from typing import Any
 
 import yaml
 
-import torchclust
 from torchclust import run_report
 from torchclust.artifacts import TFLITE_FILES, VELA_FOLDER, compile_files, export_files
+from torchclust.packing import save_packed
 from torchclust.prepare import prepare
 from torchclust.recipe import Recipe, RecipeError
 from torchclust.run_plot import plot
-from torchclust.stages import Networks, Stages, train_networks, versions
+from torchclust.stages import Stages, train_networks, versions
 
 PACKED_FILE = "model.packed"
 STAGE_FOLDER = "stages"
@@ -64,8 +64,9 @@ def run_recipe(
     networks = train_networks(prepared, stages)
     exported = export_files(prepared, networks, output, stages) if recipe.export else {}
     compiled = compile_files(prepared, output, stages) if recipe.vela else {}
+    packed = save_packed(networks.compressed, output / PACKED_FILE) if networks.compressed else None
     report = run_report.assemble(
-        recipe, networks, exported, compiled, _pack(networks, output), stages.seconds, versions()
+        recipe, networks, exported, compiled, packed, stages.seconds, versions()
     )
     plot(report, networks.trained, networks.compressed, output / "report.png")
     write_whole(output / "report.md", run_report.markdown(report))
@@ -97,11 +98,3 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
-
-
-def _pack(networks: Networks, output: Path) -> Any:
-    """Write the compressed model's packed file and return its `PackedSize`."""
-    save_packed = getattr(torchclust, "save_packed", None)  # comes with torchclust.packing
-    if networks.compressed is None or save_packed is None:
-        return None
-    return save_packed(networks.compressed, output / PACKED_FILE)

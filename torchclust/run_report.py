@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import torchclust
+from torchclust.packed_size import PackedSize
 from torchclust.recipe import Recipe
 from torchclust.stages import Networks
 
@@ -35,7 +36,7 @@ def assemble(
     networks: Networks,
     exported: Mapping[str, Any],
     compiled: Mapping[str, Any],
-    packed: Any,
+    packed: PackedSize | None,
     seconds: Mapping[str, float],
     versions: Mapping[str, str],
 ) -> Report:
@@ -59,8 +60,8 @@ def assemble(
             "int8_tflite": files["int8"].get("bytes"),
             "int8_tflite_zip": files["int8"].get("zip"),
             "baseline_int8_tflite_zip": files["baseline_int8"].get("zip"),
-            "packed": packed and packed.bytes,
-            "packed_entropy_bound": packed and packed.entropy_bound,
+            "packed": packed.bytes if packed else None,
+            "packed_entropy_bound": packed.entropy_bound if packed else None,
         },
         "tensors": _tensors(networks, files["int8"].get("codes", {})),
         "vela": _vela(compiled),
