@@ -67,8 +67,8 @@ class Batches:
     Lightning tells the epoch's number to whatever ``sampler`` is.
     """
 
-    def __init__(self, steps: int = STEPS, size: int = 8) -> None:
-        generator = torch.Generator().manual_seed(1)
+    def __init__(self, steps: int = STEPS, size: int = 8, seed: int = 1) -> None:
+        generator = torch.Generator().manual_seed(seed)
         self.x = torch.randn(steps * size, 1, 8, 8, generator=generator)
         self.y = torch.randint(3, (steps * size,), generator=generator)
         self.steps, self.size = steps, size

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchclust.parametrization import ClusteredWeight
 
 ResultT = TypeVar("ResultT")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def on_rank_zero(
@@ -36,12 +37,17 @@ def on_rank_zero(
     return result
 
 
-def keep_indices_local(model: nn.Module | None) -> None:
+def keep_indices_local_(model: ModuleT) -> ModuleT:
     """Stop DDP from sending indices with every forward; it made them equal when it was built.
 
-    ``parameters_to_ignore`` (torch 2.13) is what `DistributedDataParallel` itself consults each
-    time. For a clustered model wrapped by hand, ``broadcast_buffers=False`` has the same effect.
-    A model that is not wrapped is left as it is.
+    Args:
+        model: a clustered model in `DistributedDataParallel`, as ``WeightClustering`` has it, or as
+            wrapped by hand: ``ddp = keep_indices_local_(DistributedDataParallel(model))``. Not with
+            ``broadcast_buffers=False``, which leaves each process the indices that it fitted. A
+            model that is not wrapped stays as it is.
+
+    Returns:
+        The same object.
     """
     if isinstance(model, DistributedDataParallel):
         model.parameters_to_ignore |= {
@@ -50,3 +56,7 @@ def keep_indices_local(model: nn.Module | None) -> None:
             if isinstance(module, ClusteredWeight)
             for name, _ in module.named_buffers()
         }
+        # Private (torch 2.13): it lists anew what is sent, as DDP does before each time it sends.
+        # Without it DDP would, where nothing is left, try to send an empty list, and fail.
+        model._assign_modules_buffers()  # type: ignore[no-untyped-call]
+    return model

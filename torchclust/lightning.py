@@ -37,7 +37,7 @@ from torchclust.config import (
     Init,
     Rules,
 )
-from torchclust.distributed import keep_indices_local, on_rank_zero
+from torchclust.distributed import keep_indices_local_, on_rank_zero
 from torchclust.freezing import Freezer
 from torchclust.model import (
     cluster_,
@@ -293,7 +293,8 @@ class WeightClustering(Callback):
     def _adjust(self, trainer: Trainer) -> None:
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scale_rates(trainer.optimizers, schedulers, self.lr_scale)
-        keep_indices_local(trainer.strategy.model)
+        if trainer.strategy.model is not None:
+            keep_indices_local_(trainer.strategy.model)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What starts with clustered training, in this process."""
