@@ -7,9 +7,10 @@ leaves the model exactly as it was.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from torchclust.activations import match_quantized_, remove_quantized_activations_
 from torchclust.config import (
     TOO_SMALL,
     Candidate,
@@ -28,6 +30,7 @@ from torchclust.config import (
     reaches,
     resolve_rules,
 )
+from torchclust.data_aware import Layer, fit_to_inputs
 from torchclust.parametrization import (
     ClusteredWeight,
     config_from_bytes,
@@ -169,6 +172,7 @@ def cluster_(
     rules: Rules = 16,
     *,
     importance: Mapping[str, Tensor] | None = None,
+    inputs: Iterable[Any] | None = None,
     strict: bool = True,
     seed: int = 0,
     **options: Any,
@@ -189,6 +193,11 @@ def cluster_(
             a glob that reaches nothing else.
         importance: per-weight sensitivities by parameter name, each of its tensor's shape, as
             `fisher_information` makes them; they weigh the squared errors of the fit.
+        inputs: unlabelled inputs, a few hundred, as an iterable of batches (a tensor, a tuple of
+            arguments, a dict, or pairs whose label is not read) or as one tensor. Each layer is
+            then fitted so that its output changes least (`torchclust.data_aware`), and biases and
+            BatchNorm statistics take up the mean error. With `importance` too, that weighs whole
+            output channels.
         strict: raise for a pattern that matches nothing or cannot apply; else warn.
         seed: for the inits that draw at random.
         **options: `ClusterConfig` fields, for every rule that does not say otherwise.
@@ -220,8 +229,47 @@ def cluster_(
         slot, config = task
         return _fit_slot(slot, config, weights.get(slot.candidate.name), seed)
 
+    if inputs is not None:
+        return _cluster_to_inputs(model, chosen, weights, inputs, seed)
     for (slot, _), fitted in zip(chosen, _in_threads(fit, chosen), strict=True):
         _attach(slot, fitted)
+    return model
+
+
+def _cluster_to_inputs(
+    model: ModuleT,
+    chosen: list[tuple[_Slot, ClusterConfig]],
+    weights: Mapping[str, Tensor],
+    inputs: Iterable[Any],
+    seed: int,
+) -> ModuleT:
+    """Fit on a copy that is clustered layer by layer, then bring the results to the model."""
+    twin = copy.deepcopy(model)
+    copies = {slot.candidate.name: slot for slot in _slots(twin)}
+    layers = []
+    for slot, config in chosen:
+        name = slot.candidate.name
+        for module, tensor_name in copies[name].places:
+            _make_plain(module, tensor_name)
+        module, tensor_name = copies[name].places[0]
+        layers.append(
+            Layer(
+                name=name,
+                path=name.rpartition(".")[0],
+                module=module,
+                tensor_name=tensor_name,
+                config=config,
+                channel_dim=slot.channel_dim,
+                importance=weights.get(name),
+                tied=len(slot.places) > 1,
+            )
+        )
+    fits = fit_to_inputs(model, twin, layers, inputs, seed)
+    for slot, config in chosen:
+        _attach(slot, _make(slot, config, fits.weights[slot.candidate.name]))
+    state = model.state_dict()  # shares memory with the model
+    for name, value in fits.corrected.items():
+        state[name].copy_(value)
     return model
 
 
@@ -229,7 +277,8 @@ def strip_(model: ModuleT, *, validate: bool = True) -> ModuleT:
     """Make every clustered tensor a plain parameter again: same values to the bit, same class.
 
     Terminal: one optimizer step afterwards and the clusters are gone, so it belongs at the end.
-    Idempotent; a model without clusterings is returned as it is.
+    Activations that `torchclust.activations` rounds are float again. Idempotent; a model without
+    clusterings is returned as it is.
 
     Args:
         model: clustered or not.
@@ -250,6 +299,7 @@ def strip_(model: ModuleT, *, validate: bool = True) -> ModuleT:
         for path, clustering in named_clusterings(model):
             value = values[id(_parametrization(clustering.module, clustering.tensor_name))]
             _check_distinct(path, clustering, value)
+    remove_quantized_activations_(model)
     for module, name in found:
         _detach(module, name, values[id(_parametrization(module, name))])
     return model
@@ -296,7 +346,10 @@ def restore_(model: ModuleT, state_dict: Mapping[str, Any]) -> ModuleT:
 
 
 def restore_structure_(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Make the model clustered exactly where the state dict is; values are left to its loading."""
+    """Make the model clustered, and its activations rounded, exactly where the state dict's are.
+
+    Values are left to its loading.
+    """
     saved = {key: m for key in state if (m := _CONFIG_KEY.fullmatch(key))}
     fits = {
         (m["path"] or "", m["name"]): _tensors_under(state, key.removesuffix("0.config_json"))
@@ -316,15 +369,16 @@ def restore_structure_(model: nn.Module, state: Mapping[str, Any]) -> None:
         for name, holder in _parametrizations(module).items()
         if _parametrization(module, name) is not None
     }
-    if present == {place: _layout(tensors) for place, tensors in fits.items()}:
-        return  # it fits already, and an optimizer may hold these very parameters
-    strip_(model, validate=False)
-    for slot in _slots(model):
-        path, _, name = slot.candidate.name.rpartition(".")
-        if (path, name) in fits:
-            device = _underlying(slot.module, slot.tensor_name).device
-            tensors = {key: tensor.to(device) for key, tensor in fits[path, name].items()}
-            _attach(slot, _make(slot, config_from_bytes(tensors["config_json"]), tensors))
+    # What fits already stays: an optimizer may hold these very parameters.
+    if present != {place: _layout(tensors) for place, tensors in fits.items()}:
+        strip_(model, validate=False)
+        for slot in _slots(model):
+            path, _, name = slot.candidate.name.rpartition(".")
+            if (path, name) in fits:
+                device = _underlying(slot.module, slot.tensor_name).device
+                tensors = {key: tensor.to(device) for key, tensor in fits[path, name].items()}
+                _attach(slot, _make(slot, config_from_bytes(tensors["config_json"]), tensors))
+    match_quantized_(model, state)
 
 
 def named_clusterings(model: nn.Module) -> Iterator[tuple[str, Clustering]]:

@@ -278,7 +278,7 @@ def fit_weight(
     with torch.no_grad():
         fitted = make_clustered_weight(config, tensors, channel_dim=channel_dim)
         clustered = fitted._evaluate(tensors["original"])
-    return tensors | {"fit_error": _relative_error(weight.detach(), clustered)}
+    return tensors | {"fit_error": relative_error(weight.detach(), clustered)}
 
 
 def _fit_float(
@@ -342,7 +342,8 @@ def _mirrored(codes: Tensor) -> Tensor:
     return torch.cat([-codes.flip(0), codes.new_zeros(1), codes])
 
 
-def _relative_error(weight: Tensor, clustered: Tensor) -> Tensor:
+def relative_error(weight: Tensor, clustered: Tensor) -> Tensor:
+    """``||weight - clustered|| / ||weight||``, a float32 scalar that no magnitude overflows."""
     largest = weight.abs().max().clamp_min(torch.finfo(weight.dtype).tiny)  # squares overflow
     norm: Tensor = torch.linalg.vector_norm(weight / largest, dtype=torch.float64)
     error: Tensor = torch.linalg.vector_norm(

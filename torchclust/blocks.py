@@ -1,0 +1,211 @@
+"""The blocks of a model: parts that run one after the other, found by watching one forward pass.
+
+A block is a chain of modules, each fed by the one before it and by nothing else. It starts with a
+module that holds clustered weights and takes in what follows without any (norm, activation,
+pooling). A residual or attention block is one module and stays whole; containers of several are
+opened. So errors are measured where they matter: behind the shortcut's addition.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchclust.unlabelled import Call
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_MOST = {True: 3, False: 6}  # clustered weights in one block: of a container, of another module
+
+
+@dataclass(frozen=True)
+class Block:
+    """Modules by path, each called once per forward pass of the model with the last one's output.
+
+    ``chained`` says that the block's own input is nothing but the output of the block before.
+    """
+
+    paths: tuple[str, ...]
+    chained: bool
+
+    def modules(self, model: nn.Module) -> list[nn.Module]:
+        """The block's modules in a model of this architecture."""
+        return [model.get_submodule(path) for path in self.paths]
+
+    def run(self, model: nn.Module, call: Call) -> Any:
+        """Run the block alone."""
+        first, *rest = self.modules(model)
+        value = call.of(first)
+        for module in rest:
+            value = module(value)
+        return value
+
+    def input_of(self, model: nn.Module, call: Call) -> Call:
+        """Run the model up to this block and return what the block is called with."""
+        return first_call(model.get_submodule(self.paths[0]), lambda: call.of(model))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of a module: what came out, and the module's sole input, each with its version.
+
+    The version tells whether the tensor was changed in place between two modules.
+    """
+
+    path: str
+    result: Any
+    result_version: int
+    fed: Any
+    fed_version: int
+
+    def follows(self, before: _Run) -> bool:
+        return self.fed is before.result and self.fed_version == before.result_version
+
+
+def find_blocks(
+    model: nn.Module, call: Call, holders: Collection[nn.Module], names: Sequence[str] | None = None
+) -> list[Block]:
+    """Find the blocks of a model, in the order in which they run.
+
+    Args:
+        model: runs `call` once, without gradients, in the mode it is in.
+        holders: modules that hold clustered weights.
+        names: paths of the modules that are to be the blocks, instead of those found.
+
+    Raises:
+        ValueError: `names` holds one that is no module, or that does not run exactly once.
+    """
+    held = set(map(id, holders))
+    if names is None:
+        units = dict(_units(model, "", held, root=True))
+    else:
+        units = {name: _module_at(model, name) for name in names}
+    runs = _trace(model, call, units)
+    counts = Counter(run.path for run in runs)
+    for name in names or ():
+        if counts[name] != 1:
+            raise ValueError(
+                f"blocks: {name!r} runs {counts[name]} times in a forward pass; a block is a "
+                f"module that runs once. Name the module around it, or leave it out"
+            )
+    occupied = {path for path, unit in units.items() if any(id(m) in held for m in unit.modules())}
+    once = [run for run in runs if counts[run.path] == 1]
+    return [
+        Block(tuple(run.path for run in group), chained)
+        for group, chained in _grouped(once, occupied, merge=names is None)
+        if names is not None or any(run.path in occupied for run in group)
+    ]
+
+
+def _grouped(
+    runs: Sequence[_Run], occupied: Collection[str], *, merge: bool
+) -> Iterator[tuple[list[_Run], bool]]:
+    """Cut where the chain breaks, and before a unit that holds weights if one came before."""
+    group: list[_Run] = []
+    chained = False
+    for run in runs:
+        follows = bool(group) and run.follows(group[-1])
+        full = run.path in occupied and any(other.path in occupied for other in group)
+        if group and (not merge or full or not follows):
+            yield group, chained
+            group, chained = [], follows
+        group.append(run)
+    if group:
+        yield group, chained
+
+
+def first_call(module: nn.Module, run: Callable[[], Any]) -> Call:
+    """Run until a module is called, stop there, and return its arguments."""
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(Call(args, kwargs).kept())
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run()
+    except _Reached as reached:
+        return reached.call
+    finally:
+        handle.remove()
+    raise AssertionError("the module was traced, so it is called")
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode, and every module's own mode back afterwards, whatever happens."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class _Reached(Exception):
+    """Leaves a forward pass early."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+
+def _units(
+    module: nn.Module, path: str, held: Collection[int], *, root: bool = False
+) -> Iterator[tuple[str, nn.Module]]:
+    """The modules to watch: containers and large modules opened, everything else whole."""
+    inside = sum(id(m) in held for m in module.modules())
+    opened = root or inside > _MOST[isinstance(module, _CONTAINERS)]
+    children = [c for c in module.named_children() if c[0] != "parametrizations"]
+    if id(module) in held or not children or not opened:
+        yield path, module
+        return
+    for name, child in children:
+        yield from _units(child, f"{path}.{name}" if path else name, held)
+
+
+def _module_at(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        known = [n for n, _ in model.named_modules() if n]
+        close = difflib.get_close_matches(name, known, 1) or known[:1]
+        raise ValueError(
+            f"blocks: the model has no module {name!r}; did you mean {close}?"
+        ) from None
+
+
+def _trace(model: nn.Module, call: Call, units: Mapping[str, nn.Module]) -> list[_Run]:
+    runs: list[_Run] = []
+    pending: list[tuple[Any, int]] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sole = args[0] if len(args) == 1 and not kwargs else None
+        pending.append((sole, _version(sole)))
+
+    def after(path: str, result: Any) -> None:
+        runs.append(_Run(path, result, _version(result), *pending.pop()))
+
+    with ExitStack() as hooks, torch.no_grad():
+        for path, unit in units.items():
+            keep = functools.partial(_after, after, path)
+            hooks.callback(unit.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(unit.register_forward_hook(keep).remove)
+        call.of(model)
+    return runs
+
+
+def _after(note: Callable[[str, Any], None], path: str, _: nn.Module, args: Any, out: Any) -> None:
+    note(path, out)
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) else -1

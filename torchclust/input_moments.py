@@ -1,0 +1,123 @@
+"""Second moments of a layer's inputs, and the output error that they define for its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchclust.compensation import Target
+
+_DAMPING = 0.01  # of the mean diagonal, added to it: pulls towards the float weight
+_ROUNDING = 1e-3  # of the uncentred diagonal: more than centring can lose in float32 products
+_UNFOLDED = 1 << 24  # elements of unfolded input at a time: 64 MB in float32
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """Means over the inputs of a layer in the float model (``x``) and in the clustered one (``z``).
+
+    An input is one column: what a weight row is multiplied with. All float64.
+
+    Attributes:
+        x, z: `(groups, d)` means.
+        zz, xz: `(groups, d, d)` mean products, not centred.
+    """
+
+    x: Tensor
+    z: Tensor
+    zz: Tensor
+    xz: Tensor
+
+    @classmethod
+    def of(cls, module: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> InputMoments:
+        """Take them from pairs ``(x, z)`` of inputs of a Linear or convolution, in blocks."""
+        sums: list[Tensor] = []
+        count = 0
+        for pair in pairs:
+            for x, z in zip(*(_columns(module, side) for side in pair), strict=True):
+                parts = [x.sum(2), z.sum(2), z @ z.mT, x @ z.mT]
+                sums = sums or [torch.zeros_like(part, dtype=torch.float64) for part in parts]
+                for total, part in zip(sums, parts, strict=True):
+                    total += part
+                count += x.shape[2]
+        return cls(*(total.div_(count) for total in sums))
+
+    def targets(self, weight: Tensor, row_weight: Tensor, *, centred: bool) -> list[Target]:
+        """The output error of `weight` as a function of what replaces it, one target per group.
+
+        Args:
+            weight: the float weight, output channels first.
+            row_weight: `(rows,)`, how much each output channel counts.
+            centred: whether something behind the layer takes the mean error away.
+        """
+        groups = len(self.x)
+        rows = weight.detach().double().reshape(groups, -1, self.x.shape[1])
+        zz, xz = self.zz, self.xz
+        if centred:
+            zz = zz - self.z[:, :, None] * self.z[:, None]
+            xz = xz - self.x[:, :, None] * self.z[:, None]
+        size = _mean_diagonal(zz) + _ROUNDING * _mean_diagonal(self.zz)
+        size = torch.where(size > 0, size, 1)  # inputs that are all zero tell nothing
+        damping = _DAMPING * size[:, None, None] * torch.eye(zz.shape[1], device=zz.device)
+        pull = rows @ (xz + damping)
+        return [
+            Target(h.float(), p.mT.float().contiguous(), w)
+            for h, p, w in zip(zz + damping, pull, row_weight.chunk(groups), strict=True)
+        ]
+
+    def shift(self, clustered: Tensor, weight: Tensor) -> Tensor:
+        """`(rows,)` by how much the mean output has grown."""
+        return self.output(clustered, self.z) - self.output(weight, self.x)
+
+    def output(self, weight: Tensor, inputs: Tensor) -> Tensor:
+        """`(rows,)` float64 output for `(groups, d)` inputs, without a bias."""
+        rows = self._rows(weight)
+        return (rows @ inputs[:, :, None]).reshape(-1)
+
+    def gain(self, clustered: Tensor, weight: Tensor) -> Tensor:
+        """`(rows,)` factors that bring the output nearest to the float layer's; 1 where unclear."""
+        new, old = self._rows(clustered), self._rows(weight)
+        mean = self.output(clustered, self.z)
+        power = (new @ self.zz * new).sum(2).reshape(-1) - mean.square()
+        along = (old @ self.xz * new).sum(2).reshape(-1) - mean * self.output(weight, self.x)
+        clear = (along > 0.1 * power) & (power > 0)
+        return torch.where(clear, along / torch.where(clear, power, 1), 1)
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        return weight.detach().double().reshape(len(self.x), -1, self.x.shape[1])
+
+
+def _mean_diagonal(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=1, dim2=2).mean(1)
+
+
+def _columns(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+    """`(groups, d, n)` float32 columns of a layer's input, some samples at a time."""
+    if isinstance(module, nn.Linear):
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        for part in rows.split(max(1, _UNFOLDED // rows.shape[1])):
+            yield part.T[None]
+        return
+    assert isinstance(module, CONVOLUTIONS)
+    batched = inputs if inputs.dim() == len(module.kernel_size) + 2 else inputs[None]
+    per_sample = module.weight[0].numel() * module.groups * batched[0, 0].numel()
+    for part in batched.split(max(1, _UNFOLDED // per_sample)):
+        yield _unfolded(module, part.float())
+
+
+def _unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """Every patch that the kernel sees, as the columns of a matrix; any number of dimensions."""
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode)
+    spatial = len(module.kernel_size)
+    steps = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    for dim, (kernel, stride, dilation) in enumerate(steps, start=2):
+        window = padded.unfold(dim, (kernel - 1) * dilation + 1, stride)
+        padded = window[..., ::dilation]
+    order = (1, *range(2 + spatial, 2 + 2 * spatial), 0, *range(2, 2 + spatial))
+    return padded.permute(order).reshape(module.groups, module.weight[0].numel(), -1)
