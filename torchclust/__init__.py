@@ -6,6 +6,7 @@ Everything a user calls is a name of this package; the heavy parts (`torchclust.
 
 from torchclust.codebook import Codebook, fit_codebook
 from torchclust.config import ClusterConfig
+from torchclust.distillation import distill_
 from torchclust.model import (
     Clustering,
     cluster_,
@@ -26,6 +27,7 @@ __all__ = [
     "Codebook",
     "Summary",
     "cluster_",
+    "distill_",
     "fisher_information",
     "fit_codebook",
     "is_clustered",
