@@ -1,0 +1,217 @@
+"""Flash against accuracy on Fashion-MNIST: int8 codebooks, other ways, and no clustering.
+
+    python benchmarks/flash_accuracy.py [--seeds 0 1 2] [--batch-norm off on] [--points mixed curve]
+    python benchmarks/flash_accuracy.py --table          # means over the seeds measured so far
+    python benchmarks/flash_accuracy.py --plot docs/flash_accuracy.png
+
+The network and training of recipes/fashion_cnn.yaml: 6 epochs of Adam at 1e-3, batches of 250, then
+2 epochs at 1e-4, the unclustered control too. Every point goes through export, LiteRT's kernels on
+all 10,000 test images, and Vela for ethos-u55-128 (Ethos_U55_High_End_Embedded, Shared_Sram).
+Results are appended to runs/flash_accuracy/results.jsonl, so an interrupted run goes on; trained
+networks are kept beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchclust import cluster_, strip_, zoo
+from torchclust.artifacts import tflite_accuracy
+from torchclust.data import Data, fashion_mnist, loader, samples
+from torchclust.export import to_tflite, vela
+from torchclust.training import accuracy, fit
+
+FOLDER = Path("runs/flash_accuracy")
+INT8 = {"codebook_dtype": "int8", "assignment": "nearest"}
+FLOAT = {"assignment": "nearest"}
+CODES = {4: 3, 6: 5, 8: 7, 16: 15, 32: 31}
+
+
+def mixed(batch_norm: bool, second: int, dense: int) -> dict[str, int]:
+    """31 codes for the first and the last layer, which hold 0.7 % of the weights."""
+    first, conv, hidden, last = weights_of(zoo.seed_cnn(batch_norm=batch_norm))
+    return {first: 32, conv: second, hidden: dense, last: 32}
+
+
+def points(batch_norm: bool) -> dict[str, tuple[Any, Mapping[str, str]]]:
+    """Every point by name: rules and options; None is the unclustered control."""
+    found: dict[str, tuple[Any, Mapping[str, str]]] = {
+        "control": (None, {}),
+        "mixed 15/7": (mixed(batch_norm, 16, 8), INT8),
+        "mixed 7/3": (mixed(batch_norm, 8, 4), INT8),
+    }
+    for k, codes in CODES.items():
+        found[f"int8 codebook, {codes} codes"] = (k, INT8)
+    for k in CODES:
+        found[f"float codebook, then quantized, {k} clusters"] = (k, FLOAT)
+    return found
+
+
+def weights_of(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+
+
+def base(data: Data, seed: int, batch_norm: bool) -> nn.Module:
+    """The trained network, from its file if it is there."""
+    path = FOLDER / f"base_{seed}_{int(batch_norm)}.pt"
+    torch.manual_seed(seed)
+    model = zoo.seed_cnn(batch_norm=batch_norm)
+    if path.exists():
+        model.load_state_dict(torch.load(path))
+        return model.eval()
+    train = loader(data.train, 250, seed=seed)
+    fit(model, train, epochs=6, lr=1e-3, seed=seed, progress=False)
+    torch.save(model.state_dict(), path)
+    return model
+
+
+def as_others_do(model: nn.Module) -> nn.Module:
+    """A stripped model whose values are no longer equal in the last bits.
+
+    The exporter recognises a stripped model's codebook by its few values and keeps its codes; this
+    hides them, so that weights are quantized per channel by minimum and maximum.
+    """
+    strip_(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 1e-6 * torch.rand_like(parameter))
+    return model
+
+
+def measure(data: Data, seed: int, batch_norm: bool, name: str) -> dict[str, Any]:
+    rules, options = points(batch_norm)[name]
+    model = base(data, seed, batch_norm)
+    if rules is not None:
+        cluster_(model, rules, **options)
+    train = loader(data.train, 250, seed=seed)
+    fit(model, train, epochs=2, lr=1e-4, seed=seed, progress=False)
+    reached = accuracy(model, loader(data.test, 1000))
+    if options == FLOAT:
+        model = as_others_do(model)
+    calibration: Tensor = samples(data.train, 200, seed=seed)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.tflite"
+        to_tflite(model, calibration[:1], path, calibration=[calibration])
+        report = vela(path, output_dir=folder)
+        percent = tflite_accuracy(path, loader(data.test, 1000))
+    return {
+        "point": name,
+        "seed": seed,
+        "batch_norm": batch_norm,
+        "accuracy": reached,
+        "int8_accuracy": percent,
+        "flash_kib": report.flash_bytes / 1024,
+        "encoded_kib": report.encoded_weight_bytes / 1024,
+        "torch": torch.__version__,
+    }
+
+
+def results() -> list[dict[str, Any]]:
+    path = FOLDER / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def averages() -> dict[tuple[bool, str], dict[str, float]]:
+    """Means over seeds; ``loss`` is against the control of the same seed and network."""
+    by_run = {(r["batch_norm"], r["seed"], r["point"]): r for r in results()}
+    grouped = defaultdict(list)
+    for (batch_norm, seed, name), row in by_run.items():
+        control = by_run.get((batch_norm, seed, "control"))
+        if control is not None:
+            loss = control["int8_accuracy"] - row["int8_accuracy"]
+            grouped[batch_norm, name].append({**row, "loss": loss})
+    keys = ("accuracy", "int8_accuracy", "loss", "flash_kib", "encoded_kib")
+    return {
+        key: {"seeds": len(rows), **{k: mean(row[k] for row in rows) for k in keys}}
+        for key, rows in grouped.items()
+    }
+
+
+def print_table() -> None:
+    print(
+        "| BatchNorm | point | seeds | float % | int8 % | points lost | flash KiB | weights KiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for (batch_norm, name), row in sorted(averages().items()):
+        print(
+            f"| {'on' if batch_norm else 'off'} | {name} | {row['seeds']:.0f} "
+            f"| {row['accuracy']:.2f} | {row['int8_accuracy']:.2f} | {row['loss']:+.2f} "
+            f"| {row['flash_kib']:.1f} | {row['encoded_kib']:.1f} |"
+        )
+
+
+def plot(path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    found = {name: row for (batch_norm, name), row in averages().items() if batch_norm}
+    for prefix, label, style in (
+        ("int8 codebook", "int8 codebook (torchclust)", "o-"),
+        ("float codebook", "float codebook, then quantized", "s--"),
+    ):
+        rows = sorted(
+            (r["flash_kib"], r["int8_accuracy"], n) for n, r in found.items() if prefix in n
+        )
+        axes.plot([r[0] for r in rows], [r[1] for r in rows], style, label=label)
+        for flash, percent, name in rows:
+            axes.annotate(
+                name.split(", ")[-1], (flash, percent), (4, -11), textcoords="offset points", size=7
+            )
+    rows = [(n, r) for n, r in found.items() if n.startswith("mixed")]
+    axes.plot(
+        [r["flash_kib"] for _, r in rows],
+        [r["int8_accuracy"] for _, r in rows],
+        "*",
+        markersize=11,
+        label="int8 codebooks, more codes for the first and last layer",
+    )
+    control = found["control"]
+    axes.plot(control["flash_kib"], control["int8_accuracy"], "kD", label="not clustered, int8")
+    axes.axhline(control["int8_accuracy"], color="k", linewidth=0.5, linestyle=":")
+    axes.set_xlabel("flash, KiB (Vela, Ethos-U55-128)")
+    axes.set_ylabel("int8 accuracy, %")
+    axes.set_title("Fashion-MNIST, CNN with BatchNorm, 431,000 weights", fontsize=10)
+    axes.set_xlim(left=0)
+    axes.legend(fontsize=8, loc="lower right")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--batch-norm", nargs="+", choices=("off", "on"), default=["off", "on"])
+    parser.add_argument("--points", nargs="+", choices=("mixed", "curve"), default=["mixed"])
+    parser.add_argument("--table", action="store_true", help="print what has been measured")
+    parser.add_argument("--plot", type=Path, help="draw what has been measured with BatchNorm")
+    args = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if args.table or args.plot:
+        print_table() if args.table else plot(args.plot)
+        return
+    data = fashion_mnist()
+    done = {(r["batch_norm"], r["seed"], r["point"]) for r in results()}
+    for seed in args.seeds:
+        for batch_norm in (choice == "on" for choice in args.batch_norm):
+            for name in points(batch_norm):
+                kind = "curve" if "codebook" in name else "mixed"
+                if kind in args.points and (batch_norm, seed, name) not in done:
+                    row = measure(data, seed, batch_norm, name)
+                    with (FOLDER / "results.jsonl").open("a") as file:
+                        print(json.dumps(row), file=file, flush=True)
+                    print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
