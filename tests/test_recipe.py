@@ -188,7 +188,10 @@ def test_override(setting: str, expected: dict) -> None:
         ("model={target: Net}", "cannot import 'Net'"),
         ("model={target: torch.pi}", "torch.pi is 3.14.*, which can not be called"),
         ("model={target: os.getcwd}", "os.getcwd makes '.*', which is no torch.nn.Module"),
-        ("model={target: torch.nn.Linear}", "torch.nn.Linear can not be built: .*in_features"),
+        ("model={target: torch.nn.Linear}", "torch.nn.Linear needs model.in_features:  --set"),
+        ("model={target: torch.nn.Conv2d, in_channels: 1, out_channels: 1, kernel_size: 0, "
+         "padding: same, stride: 2}", "torch.nn.Conv2d can not be built: .*strided"),
+        ("data=image_folder", "image_folder needs data.root:  --set data.root="),
         ("model={target: torch.nn.Linear, in_feature: 3}", "unknown key model.in_feature: .*"
                                                            "did you mean 'in_features'"),
         ("model={target: torch.nn.Linear, in_features: 28, out_features: 10}",

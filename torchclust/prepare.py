@@ -45,6 +45,7 @@ def prepare(recipe: Recipe) -> Prepared:
         raise RecipeError(f"vela.accelerator: no {given!r}; {nearest(given, ACCELERATORS)}")
     data = load_data(recipe.data)
     model = build_model(recipe.model, data, recipe.seed)
+    _check_finetuning(recipe)
     if recipe.cluster is not None:
         try:
             tried = clustered_copy(recipe, model)
@@ -53,6 +54,19 @@ def prepare(recipe: Recipe) -> Prepared:
         if not torchclust.is_clustered(tried):
             raise RecipeError("cluster: the rules leave every tensor alone; leave the section out")
     return Prepared(recipe, data, model)
+
+
+def _check_finetuning(recipe: Recipe) -> None:
+    """Refuse options of fine-tuning that this version can not do, rather than leave them out."""
+    from torchclust.lightning import WeightClustering
+
+    if recipe.finetune is None:
+        return
+    known = inspect.signature(WeightClustering).parameters
+    if recipe.finetune.quantize_activations and "quantize_activations" not in known:
+        raise RecipeError("finetune.quantize_activations: true is not in this version yet")
+    if not recipe.finetune.labels and not hasattr(torchclust, "distill_"):
+        raise RecipeError("finetune.labels: false is not in this version yet")
 
 
 def clustered_copy(recipe: Recipe, model: nn.Module) -> nn.Module:
@@ -159,6 +173,10 @@ def _check_arguments(
                 f"unknown key {section}.{key}: {label} takes "
                 + (f"no such argument; {nearest(key, valid)}" if valid else "no arguments")
             )
+    for key, parameter in parameters.items():
+        fixed = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if fixed and parameter.default is parameter.empty and key not in given:
+            raise RecipeError(f"{label} needs {section}.{key}:  --set {section}.{key}=...")
 
 
 def _check_output(label: str, model: nn.Module, data: Data) -> None:

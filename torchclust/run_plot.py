@@ -17,7 +17,6 @@ import torchclust
 from torchclust.model import Clustering
 
 BEFORE, AFTER, MARK = "#9aa5b1", "#1f6feb", "#d1242f"
-COLUMNS = 3
 
 
 def plot(
@@ -32,7 +31,8 @@ def plot(
         path: the file.
     """
     clusterings = dict(torchclust.named_clusterings(compressed)) if compressed else {}
-    rows = math.ceil(len(clusterings) / COLUMNS)
+    columns = 2 if len(clusterings) in (1, 2, 4) else 3
+    rows = math.ceil(len(clusterings) / columns)
     heights = [3.6, *[2.4] * rows]
     figure = Figure(figsize=(12, sum(heights)), layout="constrained", dpi=110)
     figure.suptitle(f"{report['name']}: before and after clustering", weight="bold")
@@ -40,7 +40,10 @@ def plot(
     sizes, accuracies = bands[0].subplots(1, 2, width_ratios=[2, 1])
     _plot_sizes(sizes, report)
     _plot_accuracies(accuracies, report["accuracy"])
-    panels = [panel for band in bands[1:] for panel in band.subplots(1, COLUMNS)]
+    panels = [panel for band in bands[1:] for panel in band.subplots(1, columns)]
+    if rows:
+        text = "Weights before clustering (grey) and the values that they share since (red)"
+        bands[1].suptitle(text, x=0.005, ha="left", fontsize=10)
     weights = dict(trained.named_parameters())
     for panel, (name, clustering) in zip(panels, clusterings.items(), strict=False):
         _plot_weights(panel, name, weights[name].detach(), clustering)
@@ -82,7 +85,7 @@ def _plot_sizes(axes: Axes, report: Mapping[str, Any]) -> None:
     axes.set_yticks(places, list(known))
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
     _plain_frame(axes)
 
 
@@ -128,7 +131,8 @@ def _plot_weights(axes: Axes, name: str, weight: Tensor, clustering: Clustering)
         centroids = codes.float()
     values = weight.reshape(-1).cpu().numpy()
     edge = float(max(np.quantile(np.abs(values), 0.9995), centroids.abs().max())) * 1.03
-    axes.hist(values, bins=np.linspace(-edge, edge, 121).tolist(), color=BEFORE)
+    bins = int(np.clip(len(values) / 20, 20, 120))
+    axes.hist(values, bins=np.linspace(-edge, edge, bins + 1).tolist(), color=BEFORE)
     for centroid in centroids.tolist():
         axes.axvline(centroid, color=MARK, linewidth=0.8, alpha=0.75)
     used = len(clustering.indices.unique())
