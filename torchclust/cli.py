@@ -274,10 +274,8 @@ def _say(args: argparse.Namespace) -> Callable[[str], None]:
 
 
 def _how_to_resume(args: argparse.Namespace) -> str:
-    """Return what to type to go on, once a run knows its folder."""
-    if args.output is None:
-        return ""
-    settings = [word for setting in args.settings for word in ("--set", setting)]
-    words = ["torchclust", args.command, str(args.recipe), *settings]
-    words += ["--output", str(args.output), "--resume"]
-    return f"; what is finished is kept. Go on with:\n  {shlex.join(words)}"
+    """Return what to type to go on with an interrupted run."""
+    words = ["torchclust", args.command, str(args.recipe)]
+    words += [word for setting in args.settings for word in ("--set", setting)]
+    words += ["--output", str(args.output)] if args.output else []
+    return f"; what is finished is kept. Go on with:\n  {shlex.join([*words, '--resume'])}"
