@@ -92,40 +92,51 @@ def checked_importance(given: Tensor | npt.ArrayLike | None, shape: Sequence[int
     return importance
 
 
-def sort_values(data: Tensor, importance: Tensor | None) -> tuple[Floats, Floats | None]:
-    """Ascending values and their positive importances, if any; values of importance 0 are left out.
-
-    Returns:
-        float32 copies, for float64 float64 ones. Importances that are all 0 count as all 1.
+def require_finite(name: str, data: Tensor) -> None:
+    """Refuse a tensor with nothing in it, or with NaN or infinity.
 
     Raises:
-        ValueError: nothing to sort, or a value is NaN or infinite.
+        ValueError: either.
     """
     if data.numel() == 0:
         raise ValueError(
-            f"values must not be empty, got shape {tuple(data.shape)}: "
+            f"{name} must not be empty, got shape {tuple(data.shape)}: "
             "leave a tensor without elements out"
         )
-    flat = _flat_array(data)
-    weights = None if importance is None else _flat_array(importance)
-    if weights is None:
-        values = np.sort(flat)
-    elif flat.dtype == weights.dtype == np.float32:
+    low, high = data.aminmax()
+    if not (low.isfinite() and high.isfinite()):
+        bad = int((~data.isfinite()).sum())
+        raise ValueError(
+            f"{name} must be finite, got {bad} NaN or infinite of {data.numel()}. The usual cause "
+            f"is a training that diverged: look at torch.isfinite({name})"
+        )
+
+
+def sort_values(data: Tensor, importance: Tensor | None) -> tuple[Floats, Floats | None]:
+    """Ascending values and their positive importances, if any; those of importance 0 are left out.
+
+    Returns:
+        float32 copies, for float64 float64 ones. Importances that are all 0 count as all 1.
+    """
+    flat = flat_array(data)
+    weights = None if importance is None else flat_array(importance)
+    if weights is None or not weights.any():
+        return np.sort(flat), None
+    if flat.dtype == weights.dtype == np.float32:
         values, weights = _sorted_pairs(flat, weights)
     else:
         order = np.argsort(flat)
         values, weights = flat[order], weights[order]
-    if not (np.isfinite(values[0]) and np.isfinite(values[-1])):  # NaN sorts to an end
-        bad = int((~np.isfinite(flat)).sum())
-        raise ValueError(
-            f"values must be finite, got {bad} NaN or infinite of {len(flat)}. The usual cause is "
-            "a training that diverged: look at torch.isfinite(values)"
-        )
-    if weights is None or not weights.any():
-        return values, None
-    if not weights.all():
-        values, weights = values[weights > 0], weights[weights > 0]
-    return values, weights
+    if weights.all():
+        return values, weights
+    return values[weights > 0], weights[weights > 0]
+
+
+def flat_array(data: Tensor) -> Floats:
+    """`(n,)` in float32, for float64 in float64; shares memory where it can."""
+    wide = data if data.dtype == torch.float64 else data.to(torch.float32)
+    flat: Floats = wide.reshape(-1).cpu().numpy()
+    return flat
 
 
 def _check_int(name: str, given: Any, example: str) -> None:
@@ -138,12 +149,6 @@ def _check_int(name: str, given: Any, example: str) -> None:
             return
     kind = type(given).__name__
     raise TypeError(f"{name} must be an int, got {given!r} ({kind}). For example {example}")
-
-
-def _flat_array(data: Tensor) -> Floats:
-    wide = data if data.dtype == torch.float64 else data.to(torch.float32)
-    flat: Floats = wide.reshape(-1).cpu().numpy()
-    return flat
 
 
 def _sorted_pairs(values: Floats, weights: Floats) -> tuple[Floats, Floats]:

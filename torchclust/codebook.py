@@ -15,7 +15,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchclust.arguments import as_float_tensor, check_request, checked_importance, sort_values
+from torchclust.arguments import (
+    as_float_tensor,
+    check_request,
+    checked_importance,
+    require_finite,
+    sort_values,
+)
 from torchclust.integer_codebook import IntegerCodebook, fit_integer_codebook
 from torchclust.moments import Float64s, Floats, Moments, distinct_starts, sum_of_squares
 from torchclust.nearest import assign, midpoints
@@ -91,6 +97,7 @@ def fit_codebook(
     """
     check_request(n_clusters, init, max_iter, preserve_sparsity)
     data = as_float_tensor("values", values)
+    require_finite("values", data)
     importance = checked_importance(importance, data.shape)
     ordered, weights = sort_values(data, importance)
     method = _Method(init, max_iter, np.random.default_rng(seed))

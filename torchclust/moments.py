@@ -13,6 +13,7 @@ Ints = npt.NDArray[np.int64]
 
 _RUN = 32  # values per stored prefix sum: an eighth of float32's memory, 31 values to add a query
 _CHUNK = 1 << 15  # values widened to float64 at a time: a multiple of _RUN that stays in the cache
+_LEAST = 1e-300
 
 
 class Moments:
@@ -61,6 +62,14 @@ class Moments:
             sums[3 - len(terms) :] += np.where(inside, terms, 0.0).sum(axis=-1)
         return sums
 
+    def grouped(self, edges: Ints) -> tuple[Float64s, Float64s]:
+        """Weight and scaled, centred value of every bin of equal values between `edges`."""
+        u = self._scaled(edges[:-1]) - self.centre
+        if self.weights is None:
+            return np.diff(edges).astype(np.float64), u
+        weight = np.add.reduceat(self.weights, edges[:-1], dtype=np.float64) * self._weight_scale
+        return np.maximum(weight, _LEAST), u
+
     def means(self, bounds: Ints, fallback: Float64s) -> Float64s:
         """Weighted mean of each run of values between `bounds`; `fallback` where a run is empty.
 
@@ -68,7 +77,8 @@ class Moments:
         """
         weight, first, _ = np.diff(self.at(bounds), axis=1)
         filled = np.diff(bounds) > 0
-        mean = (first / np.where(filled, weight, 1.0) + self.centre) / self.scale
+        offset = np.divide(first, weight, out=np.zeros_like(first), where=weight > 0)
+        mean = (offset + self.centre) / self.scale
         low = self.values[np.minimum(bounds[:-1], self.n - 1)]
         high = self.values[np.maximum(bounds[1:] - 1, 0)]
         return np.where(filled, np.minimum(np.maximum(mean, low), high), fallback)

@@ -103,8 +103,7 @@ def _best_edges(moments: Moments, edges: Ints, k: int, pinned: bool) -> Ints:
     last = len(edges) - 1
     if last > _TABLE:
         return _divide_and_conquer(first, sums, k)
-    u = moments.values[edges[:-1]].astype(np.float64) * moments.scale - moments.centre
-    table = _table_of_costs(np.diff(sums[0]), u)
+    table = _table_of_costs(*moments.grouped(edges))
     return np.array([0, *_cheapest(first if pinned else table[:, 0], [table] * (k - 1), last)])
 
 
@@ -156,17 +155,21 @@ def _divide_and_conquer(first: Float64s, sums: Float64s, k: int) -> Ints:
     """As `_cheapest` over all runs between edges, in O(k m log m) and without their table.
 
     Costs are a Monge array: the best last boundary never moves left as the end moves right, so
-    each row need only look between the boundaries of two rows already known.
+    each row need only look between the boundaries of two rows already known. An edge before which
+    no weight is added that float64 can tell is left out.
     """
-    total, cuts = first, []
-    rounds = list(_rounds(sums.shape[1] - 1))
+    grown = np.maximum.accumulate(sums[0])
+    heavy = np.flatnonzero(np.concatenate([[True], grown[1:] > grown[:-1]]))
+    heavy[-1] = len(grown) - 1
+    total, sums, cuts = first[heavy], sums[:, heavy], []
+    rounds = list(_rounds(len(heavy) - 1))
     for _ in range(k - 1):
         total, cut = _append_run(total, sums, rounds)
         cuts.append(cut)
-    path = [sums.shape[1] - 1]
+    path = [len(heavy) - 1]
     for cut in reversed(cuts):
         path.append(int(cut[path[-1]]))
-    return np.array([0, *path[::-1]])
+    return np.concatenate([[0], heavy[path[::-1]]])
 
 
 def _rounds(m: int) -> Iterable[tuple[Ints, Ints, Ints]]:
