@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+_LONGEST = 300
 INSTALL = "pip install torchclust[export]"
 
 # The quantizer was renamed; the API is the same, so the first that imports is used.
@@ -26,6 +27,12 @@ _QUANTIZERS = ("ai_edge_quantizer", "litert_quantizer")
 
 class ExportError(RuntimeError):
     """A model that cannot be exported as asked; the message names the layer and the remedy."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a third party's error says, without the compiler output that may follow."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 
 def litert_torch() -> Any:
@@ -60,8 +67,9 @@ def schema() -> Any:
 
 
 def _load(name: str) -> ModuleType:
-    if name in sys.modules:
-        return sys.modules[name]
+    found = sys.modules.get(name)
+    if found is not None:
+        return found
     try:
         with quietly():
             return importlib.import_module(name)
@@ -76,24 +84,25 @@ def _load(name: str) -> ModuleType:
 def quietly() -> Iterator[None]:
     """Keep third-party code off the terminal; if it raises, print what it had to say.
 
-    Covers Python warnings, logging and the process's stderr (file descriptor 2, where C++ code
-    writes). Not for code that prompts, nor for our own messages.
+    Covers warnings, logging, and stderr both as Python sees it and as the process does (file
+    descriptor 2, where C++ code writes). Other threads are silenced meanwhile.
     """
     level = logging.root.manager.disable
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as captured, warnings.catch_warnings():
+    with tempfile.TemporaryFile("w+", errors="replace") as captured, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         stderr = os.dup(2)
         os.dup2(captured.fileno(), 2)
+        failed = True
         try:
-            yield
-        except BaseException:
-            os.dup2(stderr, 2)
-            captured.seek(0)
-            os.write(2, captured.read())
-            raise
+            with contextlib.redirect_stderr(captured):
+                yield
+            failed = False
         finally:
+            captured.flush()
             os.dup2(stderr, 2)
             os.close(stderr)
             logging.disable(level)
+            if failed:
+                captured.seek(0)
+                sys.stderr.write(captured.read())

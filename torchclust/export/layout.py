@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchclust.export import rewrites
-from torchclust.export.backends import ExportError, quietly
+from torchclust.export.backends import ExportError, first_line, quietly
 from torchclust.model import strip_
 
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -98,7 +98,7 @@ def prepare(model: nn.Module, example: Inputs, *, last: bool) -> Prepared:
     moved = tuple(last and _is_map(program, n, x) for n, x in zip(names, args, strict=True))
     changed = copy.deepcopy(plain)
     columns = rewrites.permute_flattened(changed, program, dict(zip(names, moved, strict=True)))
-    rewrites.fold_batch_norm_1d(changed, program)
+    rewrites.fold_batch_norm(changed, program)
     module = Deployed(changed, keys, moved, last).eval()
     example_inputs = tuple(channels_last(x) if m else x for x, m in zip(args, moved, strict=True))
     return Prepared(module, example_inputs, plain, columns, _used(program))
@@ -200,12 +200,8 @@ def _trace(
         shapes = ", ".join(str(tuple(x.shape)) for x in args)
         raise ExportError(
             f"{type(model).__name__} cannot be traced on inputs of shape {shapes}: "
-            f"{_first_line(error)}\nTry it alone:  torch.export.export(model.eval(), inputs)"
+            f"{first_line(error)}\nTry it alone:  torch.export.export(model.eval(), inputs)"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _is_map(program: torch.export.ExportedProgram, name: str, x: Tensor) -> bool:

@@ -55,8 +55,9 @@ def quantize(
             work.add_dynamic_config(".*", types.TFLOperationName.EMBEDDING_LOOKUP, num_bits=8)
             result = work.quantize(ranges, enable_progress_report=False)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExportError(f"the quantizer cannot quantize this model: {reason}") from error
+        raise ExportError(
+            f"the quantizer cannot quantize this model: {backends.first_line(error)}"
+        ) from error
     return bytes(result.quantized_model)
 
 

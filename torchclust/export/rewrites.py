@@ -2,7 +2,8 @@
 
 The converter gets nearly everything right by itself. Two things it cannot: it leaves a TRANSPOSE
 between a map and the Linear that reads it flattened, because the Linear's columns follow torch's
-order; and it does not fold a BatchNorm into a 1-D convolution, which it makes a 2-D one.
+order; and it folds a BatchNorm into a 2-D convolution only: not into a 1-D one, which it makes a
+2-D one, and into a transposed one with a bias of a shape that the quantizer spoils.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # Operators that neither move nor mix elements, so a permutation passes through them.
 _POINTWISE = ("dropout", "clone", "contiguous", "alias", "detach", "detach_", "relu", "relu_", "to")
+_UNFOLDED = ("conv1d", "conv_transpose1d", "conv_transpose2d")
 _RESHAPES = ("view", "reshape", "flatten", "_unsafe_view")
 _MOVES = (*_RESHAPES, "permute", "transpose", "unsqueeze", "squeeze")
 # Operators whose map the converter keeps in NHWC.
@@ -71,20 +73,25 @@ def permute_flattened(
     return columns
 
 
-def fold_batch_norm_1d(model: nn.Module, program: torch.export.ExportedProgram) -> None:
-    """Fold every BatchNorm1d that only follows a Conv1d into it, in place."""
+def fold_batch_norm(model: nn.Module, program: torch.export.ExportedProgram) -> None:
+    """Fold BatchNorms into 1-D and transposed convolutions where nothing else reads those."""
     signature = program.graph_signature
     for norm in program.graph.nodes:
         conv = source(norm)
-        if operator(norm) != "batch_norm" or conv is None or operator(conv) != "conv1d":
+        if operator(norm) != "batch_norm" or conv is None or len(conv.users) > 1:
+            continue
+        if operator(conv) not in _UNFOLDED:
             continue
         conv_path = _only_user_of(signature.inputs_to_parameters, conv.args[1])
         norm_path = _only_user_of(signature.inputs_to_buffers, norm.args[3])
-        if not conv_path or not norm_path or len(conv.users) > 1:
+        if not conv_path or not norm_path:
             continue
-        layer, statistics = model.get_submodule(conv_path), model.get_submodule(norm_path)
-        if type(layer) is nn.Conv1d and type(statistics) is nn.BatchNorm1d:
-            _replace(model, conv_path, fuse_conv_bn_eval(layer, statistics))
+        layer: Any = model.get_submodule(conv_path)
+        statistics: Any = model.get_submodule(norm_path)
+        transposed = type(layer) in (nn.ConvTranspose1d, nn.ConvTranspose2d)
+        known = type(layer) is nn.Conv1d or (transposed and layer.groups == 1)
+        if known and type(statistics) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            _replace(model, conv_path, fuse_conv_bn_eval(layer, statistics, transposed))
             _replace(model, norm_path, nn.Identity())
 
 
