@@ -3,7 +3,7 @@
 A tensor is handled as unsigned integers of its elements' size (its *bits*), so every dtype, NaN
 and negative zero comes back as it was. Coded tensors are seen as rows: of a matrix or more, one row
 for each index of dimension `axis` (the output channels); of a vector, one row. Rows are worked on
-in blocks of about a million elements, so a large tensor needs little memory beside its own.
+in blocks of a quarter of a million elements, so a large tensor needs little memory beside its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torchclust.packed_entropy import Decoder, Integers, Symbols, encode
 
 Bits: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 
 
 class Dtype(NamedTuple):
@@ -76,6 +76,7 @@ DTYPES = (
 )
 """In the order of their numbers in the file; only ever appended to."""
 
+_BY_NAME = {dtype.name: dtype for dtype in DTYPES}
 _SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -322,8 +323,7 @@ def to_tensor(bits: Bits, dtype: Dtype) -> Tensor:
 
 def dtype_of(tensor: Tensor) -> Dtype | None:
     """The tensor's element type; None if packed files have none such."""
-    name = str(tensor.dtype).removeprefix("torch.")
-    return next((dtype for dtype in DTYPES if dtype.name == name), None)
+    return _BY_NAME.get(str(tensor.dtype).removeprefix("torch."))
 
 
 def _positions(book: Bits, block: Bits) -> Symbols:

@@ -26,7 +26,7 @@ from torchclust.packed_coding import (
 from torchclust.packed_entropy import MAX_SYMBOLS, Integers, entropy, quantize
 from torchclust.packed_scales import is_safe_scale, recover_scales
 
-_MAX_ENTRIES = 1 << 20  # values by row that a tally may hold whatever the tensor's size
+_MAX_ENTRIES = 1 << 18  # values by row that a tally may hold whatever the tensor's size
 
 
 @dataclass(frozen=True)
@@ -194,12 +194,15 @@ def _count(
             whole = _joined([whole, _merged(found.book * 0, found.value, found.count)])
             whole = whole if len(whole.value) <= MAX_SYMBOLS else None
         if by_book is not None:
-            by_book.append(found.coarser(step))
+            part = found.coarser(step)
+            if by_book and by_book[-1].book[-1] == part.book[0]:  # a book that spans two blocks
+                part = _joined([by_book.pop(), part])
+            by_book.append(part)
             by_book = by_book if sum(len(t.book) for t in by_book) <= limit else None
         if by_book is None and whole is None and uses is None:
             break
     of_code = None if uses is None or hint.codes is None else uses[hint.codes.astype(int) + 128]
-    return None if by_book is None else _joined(by_book), whole, of_code
+    return None if by_book is None else _concatenated(by_book), whole, of_code
 
 
 def _tally_rows(block: Bits, first_row: int) -> Tally:
@@ -236,7 +239,12 @@ def _merged(book: Integers, value: Bits, count: Integers) -> Tally:
 
 
 def _joined(parts: list[Tally]) -> Tally:
-    return _merged(
+    whole = _concatenated(parts)
+    return _merged(whole.book, whole.value, whole.count)
+
+
+def _concatenated(parts: list[Tally]) -> Tally:
+    return Tally(
         np.concatenate([part.book for part in parts]),
         np.concatenate([part.value for part in parts]),
         np.concatenate([part.count for part in parts]),
