@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from torchclust.export.calibration import Histogram, samples, with_learned
+from torchclust.export.calibration import Histogram, samples
 
 X = torch.arange(4 * 2 * 3, dtype=torch.float32).view(4, 2, 3)
 V = torch.arange(20, dtype=torch.float32).view(4, 5)
@@ -151,10 +151,3 @@ def test_a_constant_zero_has_a_range(method: Any) -> None:
 def test_an_infinite_activation_is_refused() -> None:
     with pytest.raises(ValueError, match=r"made an activation infinite or NaN"):
         filled(np.array([1.0, np.inf]))
-
-
-def test_learned_ranges_replace_a_modules_output() -> None:
-    observed = {"in": (-9.0, 9.0), "block;1": (-1.0, 1.0), "block;2": (-2.0, 2.0)}
-    path = {"in": None, "block;1": "block", "block;2": "block"}
-    learned = with_learned(observed, {"block": (0.0, 6.0), "gone": (0.0, 1.0)}, path.get)
-    assert learned == {**observed, "block;2": (0.0, 6.0)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -76,9 +76,7 @@ def observe(
             0.01 % on each side; ``"mse"`` clips where the int8 error is smallest.
     """
     run = Runner(content, keep_all=True, reference=False)
-    made = [i for operator in graph.operators for i in operator.outputs]
-    floats = [i for i in (*(t.index for t in graph.inputs), *made) if _is_activation(graph, i)]
-    histograms = {i: Histogram() for i in dict.fromkeys(floats)}
+    histograms = {i: Histogram() for i in activations(graph)}
     for sample in inputs:
         run(sample)
         for index, histogram in histograms.items():
@@ -89,6 +87,14 @@ def observe(
             "read before gives nothing any more; pass a list or a DataLoader"
         )
     return {graph.tensors[i].name: h.range(method) for i, h in histograms.items()}
+
+
+def activations(graph: Graph) -> list[int]:
+    """Indices of the float tensors that a run computes or is given, in order."""
+    made = [i for operator in graph.operators for i in operator.outputs]
+    found = dict.fromkeys((*(t.index for t in graph.inputs), *made))
+    tensors = (graph.tensors[i] for i in found)
+    return [t.index for t in tensors if t.dtype == "float32" and t.data is None]
 
 
 class Counted:
@@ -178,29 +184,6 @@ def progress(items: Iterable[Any], description: str) -> Iterator[Any]:
             yield from track(items, description, console=Console(stderr=True), transient=True)
             return
     yield from items
-
-
-def with_learned(
-    ranges: Mapping[str, Range],
-    by_module: Mapping[str, Range],
-    module_of: Callable[[str], str | None],
-) -> dict[str, Range]:
-    """Replace observed ranges by learned ones where a module is known to have made the tensor.
-
-    Args:
-        ranges: as `observe` returns them, in the order in which the tensors are made.
-        by_module: ``{module path: (min, max)}`` of modules' outputs, from quantization-aware
-            training. Of several tensors that a module makes the last is its output.
-        module_of: the path of the module that made a tensor, from the tensor's name.
-    """
-    outputs = {module_of(name): name for name in ranges}
-    learned = {outputs[path]: by_module[path] for path in by_module if path in outputs}
-    return {**ranges, **learned}
-
-
-def _is_activation(graph: Graph, index: int) -> bool:
-    tensor = graph.tensors[index]
-    return tensor.dtype == "float32" and tensor.data is None
 
 
 def _leading(batch: Any, count: int, keys: tuple[str, ...] | None, number: int) -> Sequence[Any]:

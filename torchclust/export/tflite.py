@@ -26,6 +26,7 @@ from torchclust.export.backends import ExportError
 from torchclust.export.clustered import Placed, find_clustered, trained_codes
 from torchclust.export.graph import Graph, read_graph
 from torchclust.export.inspect import Port, count_operators, float_operators, port
+from torchclust.export.learned import find_learned
 from torchclust.export.quantize import quantize
 from torchclust.export.verify import Agreement, Comparison, TensorRow, check_codes
 
@@ -53,6 +54,9 @@ class TFLiteExport:
         compared_samples: how many calibration samples stand behind these two; the file ran on
             LiteRT's reference kernels.
         calibration_samples: how many inputs the activation ranges were observed on.
+        calibrated: names of the tensors whose range was so observed although the model learned
+            ranges (`torchclust.activations`): what the converter computes in other steps than
+            torch. None if the model learned none, or the file is float.
         operators: how many of each operator.
         float_operators: operators left in float, which an int8 accelerator leaves to the CPU.
         inputs: names, shapes, types and quantization, in the order of the model's.
@@ -66,6 +70,7 @@ class TFLiteExport:
     top1_agreement: builtins.float | None
     compared_samples: int
     calibration_samples: int
+    calibrated: tuple[str, ...] | None
     operators: dict[str, int]
     float_operators: tuple[OperatorRow, ...]
     inputs: tuple[Port, ...]
@@ -100,7 +105,8 @@ def to_tflite(
         float: write float32, BatchNorm folded, without quantization.
         ranges: how activation ranges follow from the calibration data: ``"minmax"`` covers all of
             it, ``"percentile"`` leaves out 0.01 % on each side, ``"mse"`` clips where the squared
-            error is smallest.
+            error is smallest. Ranges that the model learned itself (`torchclust.activations`) come
+            first.
 
     Returns:
         A `TFLiteExport`, measured on the file as written.
@@ -121,18 +127,25 @@ def to_tflite(
     samples = calibrating.Counted(
         comparison.collect(calibrating.samples(batches, prepared.arguments, prepared.module.keys))
     )
+    learned = None
     if float:
         rows = tuple(_float_row(p) for p in placed)
         for _ in samples:
             pass
     else:
         observed = calibrating.observe(bytes(content), graph, samples, ranges)
+        learned = find_learned(model, prepared, bytes(content), graph, comparison.first)
+        if learned is not None:
+            observed |= learned.ranges
         content = bytearray(quantize(content, graph, placed, observed))
         graph = read_graph(content)
         rows = check_codes(graph, placed)
     agreement = comparison.run(bytes(content))
     _write(Path(path), content)
-    return _result(Path(path), len(content), prepared, graph, rows, agreement, samples.count)
+    missed = None if learned is None else learned.missed
+    return _result(
+        Path(path), len(content), prepared, graph, rows, agreement, samples.count, missed
+    )
 
 
 def _check_arguments(path: Path, calibration: object, float_: bool, ranges: str) -> None:
@@ -195,6 +208,7 @@ def _result(
     rows: tuple[TensorRow, ...],
     agreement: Agreement,
     count: int,
+    calibrated: tuple[str, ...] | None,
 ) -> TFLiteExport:
     return TFLiteExport(
         path=path,
@@ -204,6 +218,7 @@ def _result(
         top1_agreement=agreement.top1,
         compared_samples=agreement.samples,
         calibration_samples=count,
+        calibrated=calibrated,
         operators=count_operators(graph),
         float_operators=tuple(
             OperatorRow(graph.operators[i].name, _made_by(graph, i, prepared))

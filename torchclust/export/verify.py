@@ -101,6 +101,11 @@ class Comparison:
                 self._kept.append(sample)
             yield self._prepared.to_file_layout(sample)
 
+    @property
+    def first(self) -> Sample:
+        """The first sample that came, in the model's layout."""
+        return self._kept[0]
+
     def run(self, content: bytes) -> Agreement:
         """Run the file with reference kernels on the samples kept."""
         if not self._kept:

@@ -1,0 +1,361 @@
+"""Quantization-aware fine-tuning: round activations in training as the int8 file will.
+
+`quantize_activations_` makes a model's forward round every tensor that the exported graph stores
+to int8, with straight-through gradients, so that fine-tuning meets the errors of deployment. With
+an int8 codebook the weights are on their grid already: together this is the cluster-preserving
+quantization-aware training of TFMOT (CQAT; with ``preserve_sparsity``, PCQAT). BatchNorm stays
+live, biases and weights that are not clustered stay in float.
+
+**Mechanism.** The forward runs under a `TorchFunctionMode`: functional calls and modules alike are
+seen, control flow stays the user's, and `torch.compile`, `torch.export`, DDP and deep copies work.
+Nothing of `torch.ao.quantization` is used: its eager mode rounds modules' outputs only (no
+``x + y``, and a convolution before its BatchNorm), its graph modes replace the model by a trace,
+and all of it is deprecated. Which outputs to round is found once, by running the model on example
+inputs (`torchclust.activation_record`) and applying the converter's fusion rules
+(`torchclust.activation_plan`).
+
+**Ranges.** Per tensor, asymmetric, 0 included, scale and zero point computed as LiteRT's
+``static_wi8_ai8`` does. They start at what the example inputs give and follow each training batch's
+minimum and maximum with an exponential moving average; in eval mode they stand still.
+Learning them by gradient (LSQ, TQT) was tried and was no better: see ``docs/quantization.md``.
+`torchclust.export.to_tflite` reads them from the model, finds their tensors in the file by value,
+and observes the calibration data only for what it does not find.
+
+**State.** Three buffers of the model: ``activation_ranges`` (groups, 2), ``activation_plan`` (the
+names, JSON as bytes) and ``activation_batches``. So state dicts, safetensors and `restore_` work
+as for clusterings. `strip_` removes everything. Checkpointed segments
+(`torch.utils.checkpoint`) run once more outside the forward and do not work with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_map_only
+
+from torchclust.activation_plan import Group, from_json, plan, to_json
+from torchclust.activation_record import (
+    INPUT,
+    Locating,
+    Record,
+    numbered,
+    operator_name,
+    record,
+    tensors_in,
+    track_,
+    untrack_,
+)
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Range: TypeAlias = tuple[float, float]
+
+_RANGES, _PLAN, _BATCHES = "activation_ranges", "activation_plan", "activation_batches"
+_GROUPS = "_activation_groups"  # from a call's name to its group, and whether its range is learned
+_MARK = "_rounds_activations"
+_MOMENTUM = 0.01  # the share of each new batch, once a hundred have been averaged
+_LEAST_WIDTH = 1e-9  # of a range: LiteRT's quantizer takes no smaller one
+
+
+def quantize_activations_(model: ModuleT, example_inputs: Inputs) -> ModuleT:
+    """Round activations to int8 in the model's forward, where the exported graph will; in place.
+
+    From now on training batches move the ranges, and evaluation uses them as they are. Cluster
+    first, then call this. A model that only passes its inputs on to one module (a LightningModule,
+    DistributedDataParallel, a compiled one) has that module quantized, so export either of them.
+
+    Args:
+        model: any module that `torchclust.export.to_tflite` can take. What was quantized in it
+            before is quantized anew.
+        example_inputs: a batch of its inputs: a tensor, a tuple of tensors, or a dict by argument
+            name. The ranges start at what these give, so take real data, not noise.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: nothing in the forward derives from the inputs.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> net = quantize_activations_(net, torch.rand(16, 4))
+        >>> list(activation_ranges(net))
+        [':input', '1:relu', '2:linear']
+    """
+    if isinstance(example_inputs, Mapping):
+        quantize_call_(model, (), dict(example_inputs))
+    else:
+        single = isinstance(example_inputs, Tensor)
+        quantize_call_(model, (example_inputs,) if single else tuple(example_inputs), {})
+    return model
+
+
+def quantize_call_(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """`quantize_activations_` for a call ``model(*args, **kwargs)``."""
+    remove_quantized_activations_(model)
+    recorded = record(model, args, kwargs)
+    inner = _only_child(recorded)
+    if inner is not None:
+        quantize_call_(*inner)
+        return
+    groups = plan(recorded)
+    if not groups or all(call.operator == INPUT for call in recorded.calls):
+        raise ValueError(
+            f"cannot quantize activations of {type(model).__name__}: its forward computes nothing "
+            f"from the example inputs. Pass inputs as forward takes them:  "
+            f"quantize_activations_(model, (x, y)), or a dict by argument name"
+        )
+    values = recorded.values()
+    ranges = [_range_of([values[key] for key in g.quantized], g.fixed) for g in groups]
+    device = next((t.device for t in tensors_in((args, kwargs))), None)
+    _attach(model, groups, torch.tensor(ranges, device=device), torch.tensor(1, device=device))
+
+
+def remove_quantized_activations_(model: ModuleT) -> ModuleT:
+    """Undo `quantize_activations_`: the class, buffers and hooks as they were. Idempotent."""
+    for _, root in list(quantized_modules(model)):
+        untrack_(root)
+        for name in (_RANGES, _PLAN, _BATCHES):
+            del root._buffers[name]
+        delattr(root, _GROUPS)
+        _restore_class(root)
+    return model
+
+
+def activation_ranges(model: nn.Module) -> dict[str, Range]:
+    """The present range of every tensor that is rounded, by name; empty if none is.
+
+    A name tells where the tensor comes up: the module's path, the operator, and ``#n`` from the
+    second use on, as in ``layer1.0.relu#1:relu``. Ranges are those of scale and zero point, so
+    they contain 0.
+    """
+    found = {}
+    for path, root in quantized_modules(model):
+        for group, (low, high) in zip(groups_of(root), ranges_of(root), strict=True):
+            for key in group.quantized:
+                joined = f"{path}{key}" if not path or key.startswith(":") else f"{path}.{key}"
+                found[joined] = (low, high)
+    return found
+
+
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules within a model whose forward rounds activations, with their paths."""
+    for path, module in model.named_modules():
+        if hasattr(type(module), _MARK):
+            yield path, module
+
+
+def groups_of(root: nn.Module) -> tuple[Group, ...]:
+    """A quantized module's plan."""
+    return _decoded(root.get_buffer(_PLAN))
+
+
+def ranges_of(root: nn.Module) -> list[Range]:
+    """A quantized module's ranges, one per group of its plan, 0 included."""
+    ranges = root.get_buffer(_RANGES).detach().float().cpu()
+    return [(min(low, 0.0), max(high, 0.0)) for low, high in ranges.tolist()]
+
+
+def match_quantized_(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Make the model round activations exactly where a state dict's does; values come by loading.
+
+    Raises:
+        ValueError: the state dict names a module that the model lacks.
+    """
+    paths = {key: _path(key) for key in state}
+    saved = {path: state[key] for key, path in paths.items() if path is not None}
+    present = {path: root.get_buffer(_PLAN).cpu() for path, root in quantized_modules(model)}
+    if present.keys() == saved.keys() and all(
+        torch.equal(present[path], encoded.cpu()) for path, encoded in saved.items()
+    ):
+        return
+    modules = dict(model.named_modules())
+    for path in saved:
+        if path not in modules:
+            raise ValueError(
+                f"the state dict has activation ranges of {path!r}, this model has no such module: "
+                f"restore_ needs the architecture that was saved"
+            )
+    remove_quantized_activations_(model)
+    for path, encoded in saved.items():
+        prefix = f"{path}." if path else ""
+        ranges, batches = (state[prefix + name].detach().clone() for name in (_RANGES, _BATCHES))
+        _attach(modules[path], _decoded(encoded), ranges, batches)
+
+
+@contextmanager
+def kept_quantized(model: nn.Module) -> Iterator[None]:
+    """Keep quantized activations through something that removes them, such as `strip_`."""
+    buffers = {
+        f"{path}.{name}" if path else name: root.get_buffer(name)
+        for path, root in quantized_modules(model)
+        for name in (_RANGES, _PLAN, _BATCHES)
+    }
+    yield
+    match_quantized_(model, buffers)
+
+
+class FirstCalls:
+    """Quantizes whatever modules are called from outside while it watches, on their own inputs.
+
+    For a training loop that is not ours: a LightningModule's step may call itself, one network or
+    several. Only modules with parameters that train count, not frozen teachers, losses or metrics.
+    A module that is found is rounded from its second call on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._seen: set[int] = set()
+        self._handles = [
+            module.register_forward_pre_hook(self._called, with_kwargs=True)
+            for module in model.modules()
+            if any(p.requires_grad for p in module.parameters())
+        ]
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inside = {id(m) for m in module.modules()}
+        if not inside & self._seen:
+            self._seen |= inside
+            quantize_call_(module, args, kwargs)
+
+
+class _Rounding(Locating):
+    """One forward of a quantized module."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self._root = root
+        self._groups: Mapping[str, tuple[int, bool]] = getattr(root, _GROUPS)
+        scales, zero_points = _quantization(root.get_buffer(_RANGES))
+        self._scales, self._zero_points = scales.unbind(), zero_points.unbind()
+        self._calls: Counter[str] = Counter()
+        self._seen: list[tuple[int, Tensor, Tensor]] = []
+
+    def inputs(self, tree: Any) -> Any:
+        """The arguments, rounded."""
+        return tree_map_only(Tensor, lambda x: self._round(f":{INPUT}", x), tree)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return self._round(f"{self.frames[-1]}:{operator_name(func)}", result)
+
+    def follow(self) -> None:
+        """Move the ranges towards this batch's."""
+        if not self._seen:
+            return
+        ranges, batches = self._root.get_buffer(_RANGES), self._root.get_buffer(_BATCHES)
+        merged: dict[int, tuple[Tensor, Tensor]] = {}
+        for group, low, high in self._seen:
+            before = merged.get(group, (low, high))
+            merged[group] = (torch.minimum(before[0], low), torch.maximum(before[1], high))
+        with torch.no_grad():
+            target = ranges.clone()
+            for group, (low, high) in merged.items():
+                target[group, 0], target[group, 1] = low, high
+            _average_over_ranks(target)
+            target = torch.where(target.isfinite(), target, ranges)
+            ranges.lerp_(target, (batches + 1).reciprocal().clamp_min(_MOMENTUM).to(ranges))
+            batches += 1
+
+    def _round(self, name: str, result: Any) -> Any:
+        found = self._groups.get(numbered(name, self._calls))
+        if found is None or not isinstance(result, Tensor) or not result.is_floating_point():
+            return result
+        group, learned = found
+        if learned and self._root.training:
+            self._seen.append((group, *result.detach().aminmax()))
+        return torch.fake_quantize_per_tensor_affine(
+            result, self._scales[group], self._zero_points[group], -128, 127
+        )
+
+
+def _quantization(ranges: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, as ai-edge-quantizer's ``tensor_zp_scale_from_min_max`` has them."""
+    low, high = ranges.detach().float().unbind(1)
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    scales = (high - low).clamp_min(_LEAST_WIDTH) / 255
+    return scales, (-128 - low / scales).round().clamp(-128, 127).int()
+
+
+def _range_of(values: Iterable[Tensor], fixed: Range | None) -> Range:
+    if fixed is not None:
+        return fixed
+    ends = [value.detach().float().aminmax() for value in values]
+    return min(float(e.min) for e in ends), max(float(e.max) for e in ends)
+
+
+def _average_over_ranks(target: Tensor) -> None:
+    """Every process has seen other data; with one set of ranges, evaluation is the same on all."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(target)
+        target /= distributed.get_world_size()
+
+
+def _attach(root: nn.Module, groups: Sequence[Group], ranges: Tensor, batches: Tensor) -> None:
+    """Make a module's forward round, by a class of its own as `torch.nn.utils.parametrize` does."""
+    encoded = torch.tensor(list(to_json(groups).encode("ascii")), dtype=torch.uint8)
+    root.register_buffer(_RANGES, ranges)
+    root.register_buffer(_PLAN, encoded.to(ranges.device))
+    root.register_buffer(_BATCHES, batches)
+    found = {key: (i, g.fixed is None) for i, g in enumerate(groups) for key in g.quantized}
+    setattr(root, _GROUPS, found)
+    track_(root)
+    base: Any = type(root)
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        rounding = _Rounding(self)
+        args, kwargs = rounding.inputs((args, kwargs))
+        with rounding:
+            output = base.forward(self, *args, **kwargs)
+        rounding.follow()
+        return output
+
+    namespace = {"forward": forward, _MARK: True, "__module__": base.__module__}
+    root.__class__ = type(base.__name__, (base,), namespace)
+
+
+def _restore_class(root: nn.Module) -> None:
+    """Take our class out from under those that parametrizations put on top since."""
+    above: list[type] = []
+    cls = type(root)
+    while _MARK not in vars(cls):
+        above.append(cls)
+        cls = cls.__bases__[0]
+    restored = cls.__bases__[0]
+    for other in reversed(above):
+        namespace = {k: v for k, v in vars(other).items() if k not in ("__dict__", "__weakref__")}
+        restored = type(other.__name__, (restored,), namespace)
+    root.__class__ = restored
+
+
+def _only_child(recorded: Record) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None:
+    """The one module that a wrapper passes its inputs to, if it does nothing else."""
+    own = [c for c in recorded.calls if c.key.startswith(":") and c.operator != INPUT]
+    if own or len(recorded.children) != 1:
+        return None
+    child = recorded.children[0]
+    layers = [name for name, _ in child[0].named_children() if name != "parametrizations"]
+    return child if layers else None
+
+
+def _decoded(encoded: Tensor) -> tuple[Group, ...]:
+    return from_json(bytes(encoded.tolist()).decode("ascii"))
+
+
+def _path(key: str) -> str | None:
+    """The module whose plan a state dict's key holds."""
+    path, _, name = key.rpartition(".")
+    return path if name == _PLAN else None
