@@ -11,7 +11,7 @@ the checkpoint wherever the run goes on; ``on_fit_end`` comes after the last che
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 try:
@@ -25,6 +25,7 @@ except ImportError as error:
     ) from error
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
@@ -43,6 +44,7 @@ from torchclust.model import (
     cluster_,
     is_clustered,
     named_clusterings,
+    planned,
     restore_structure_,
     strip_,
 )
@@ -51,6 +53,7 @@ from torchclust.optimizers import carry_over, scale_rates
 from torchclust.rng import random_state, set_random_state
 
 _RANDOM_STATE = "torchclust_random_state"
+_BESIDE_RULES = ("importance", "inputs", "seed")
 
 
 class Options(TypedDict, total=False):
@@ -65,6 +68,7 @@ class Options(TypedDict, total=False):
     gradient: Gradient
     preserve_sparsity: bool
     importance: Mapping[str, Tensor] | None
+    inputs: Iterable[Any] | None
     strict: bool
     seed: int
 
@@ -167,8 +171,11 @@ class WeightClustering(Callback):
         )
         if is_clustered(pl_module):
             self._freezer.freeze_parameters_(pl_module)
-        elif stage == "fit" and self.start_epoch == 0 and not _builds_late(pl_module):
-            self._cluster(trainer, pl_module)
+        elif stage == "fit" and not _builds_late(pl_module):
+            if self.start_epoch == 0:
+                self._cluster(trainer, pl_module)
+            else:
+                self._check_rules(pl_module)  # not only after epochs of training
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lower the learning rates of the optimizers just built."""
@@ -194,6 +201,8 @@ class WeightClustering(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the clusterings amount to."""
+        if trainer.barebones:  # where to log is to be warned
+            return
         before, self._assigned = self._assigned, assignments(pl_module)
         metrics = measure(pl_module, before, self._assigned)
         pl_module.log_dict(metrics, batch_size=1, sync_dist=True)
@@ -253,16 +262,22 @@ class WeightClustering(Callback):
                 f"trainer stops after max_epochs={last}"
             )
 
+    def _check_rules(self, pl_module: LightningModule) -> None:
+        of_rules = {k: v for k, v in self.options.items() if k not in _BESIDE_RULES}
+        if not planned(pl_module, _leaving_out(self.rules, self.freeze), **of_rules):
+            raise ValueError(
+                f"WeightClustering({self.rules!r}, freeze={list(self.freeze)!r}) finds nothing to "
+                f"cluster; print(torchclust.summary(module)) says why, tensor by tensor"
+            )
+
     def _cluster(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cluster on rank 0 and everywhere alike, then freeze."""
 
         def fit() -> dict[str, Tensor]:
+            self._check_rules(pl_module)
             cluster_(pl_module, _leaving_out(self.rules, self.freeze), **self.options)
-            if not is_clustered(pl_module):
-                raise ValueError(
-                    f"WeightClustering({self.rules!r}, freeze={list(self.freeze)!r}) finds nothing "
-                    f"to cluster; print(torchclust.summary(module)) says why, tensor by tensor"
-                )
+            if trainer.world_size == 1:
+                return {}
             state = pl_module.state_dict()
             return {k: v.cpu() for k, v in state.items() if "parametrizations." in k}
 
@@ -325,7 +340,8 @@ def _leaving_out(rules: Rules, patterns: Sequence[str]) -> Rules:
 
 def _builds_late(pl_module: LightningModule) -> bool:
     """Whether layers or weights may come after the callbacks' ``setup``."""
-    return is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
+    own_hooks = any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
+    return own_hooks or any(map(is_lazy, pl_module.parameters()))
 
 
 def _match_structure(

@@ -216,13 +216,7 @@ def cluster_(
         >>> model.parametrizations.weight.original.shape
         torch.Size([4])
     """
-    slots = list(_slots(model))
-    decisions = resolve_rules(rules, [s.candidate for s in slots], options, strict=strict)
-    chosen = [
-        (slot, decision.config)
-        for slot, decision in zip(slots, decisions, strict=True)
-        if decision.config is not None
-    ]
+    chosen = _chosen(model, rules, options, strict)
     weights = _checked_importance(importance or {}, [slot for slot, _ in chosen])
 
     def fit(task: tuple[_Slot, ClusterConfig]) -> ClusteredWeight:
@@ -425,6 +419,23 @@ def live_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         yield {
             slot.candidate.name: getattr(slot.module, slot.tensor_name) for slot in _slots(model)
         }
+
+
+def planned(model: nn.Module, rules: Rules, *, strict: bool = True, **options: Any) -> list[str]:
+    """Names of the tensors that `cluster_` would cluster; raises what it would raise of rules."""
+    return [slot.candidate.name for slot, _ in _chosen(model, rules, options, strict)]
+
+
+def _chosen(
+    model: nn.Module, rules: Rules, options: Mapping[str, Any], strict: bool
+) -> list[tuple[_Slot, ClusterConfig]]:
+    slots = list(_slots(model))
+    found = resolve_rules(rules, [s.candidate for s in slots], options, strict=strict)
+    return [
+        (slot, decision.config)
+        for slot, decision in zip(slots, found, strict=True)
+        if decision.config is not None
+    ]
 
 
 def parameters_matching(model: nn.Module, pattern: str) -> list[nn.Parameter]:
