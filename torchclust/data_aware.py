@@ -129,11 +129,11 @@ def fit_to_inputs(
             for layer in found:
                 pairs = _inputs_of(layer, before, after)
                 weights[layer.name] = _fit_observed(layer, pairs, norms.get(layer.module), seed)
-    present, kept = model.state_dict(), {y.name for y in layers}
+    present, clustered = model.state_dict(), {id(y.weight) for y in layers}
     corrected = {
-        name: value
-        for name, value in twin.state_dict().items()
-        if name not in kept and name in present and not torch.equal(value, present[name])
+        name: value.detach()
+        for name, value in twin.state_dict(keep_vars=True).items()
+        if id(value) not in clustered and name in present and not torch.equal(value, present[name])
     }
     return Fits(weights, corrected)
 
@@ -341,7 +341,7 @@ def _into_cells(weight: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     low = torch.cat([-ends, middle], 1).gather(1, flat)
     high = torch.cat([middle, ends], 1).gather(1, flat)
     value = table.gather(1, flat)
-    low, high = low + (value - low) * 0.01, high - (high - value) * 0.01
+    low, high = (low + value) / 2, (high + value) / 2
     inside = torch.where(rows < low, low, torch.where(rows > high, high, rows))
     return inside.reshape(weight.shape).to(weight.dtype)
 
