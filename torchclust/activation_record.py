@@ -114,9 +114,9 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     recording = _Recording()
     try:
         model.eval()
-        with torch.random.fork_rng(), torch.no_grad(), _tracked(model):
+        with torch.random.fork_rng(_cuda_devices(model)), torch.no_grad(), _tracked(model):
             recording.start(args, kwargs)
-            with recording:
+            with _uncompiled(model), recording:
                 output = model(*args, **kwargs)
     finally:
         for module, training in modes:
@@ -260,6 +260,20 @@ class _Leaving:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if _LOCAL.running:
             _LOCAL.running[-1].leave()
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index for p in model.parameters() if p.is_cuda})
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Let compiled modules run as they are written: a compiler sees no tensor's identity."""
+    if any("_orig_mod" in m._modules or m._compiled_call_impl for m in model.modules()):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
 
 
 @contextmanager

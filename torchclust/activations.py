@@ -227,6 +227,8 @@ class FirstCalls:
         if not inside & self._seen:
             self._seen |= inside
             quantize_call_(module, args, kwargs)
+            for _, root in quantized_modules(module):
+                _average_over_ranks(root.get_buffer(_RANGES))
 
 
 class _Rounding(Locating):

@@ -29,6 +29,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
+from torchclust.activations import FirstCalls, kept_quantized, quantized_modules
 from torchclust.config import (
     Assignment,
     ClusterConfig,
@@ -115,6 +116,11 @@ class WeightClustering(Callback):
         save_stripped: where to write, when fitting has ended, a checkpoint of the stripped model
             that ``load_from_checkpoint`` reads without torchclust. It holds the last weights; for
             the best ones strip ``restore_(MyModule(), torch.load(best_model_path))``.
+        quantize_activations: round activations to int8 where the exported graph will, from the
+            second clustered step on (`torchclust.activations`): quantization-aware training that
+            keeps the clusters. What ``training_step`` calls is quantized, and stays so after
+            ``strip``, for `torchclust.export.to_tflite` to read the ranges; `torchclust.strip_`
+            ends it.
         **options: `torchclust.ClusterConfig` fields, and ``importance``, ``seed`` and ``strict`` of
             `cluster_`.
 
@@ -137,6 +143,7 @@ class WeightClustering(Callback):
         log_histograms: bool = False,
         freeze: str | Sequence[str] = (),
         save_stripped: str | None = None,
+        quantize_activations: bool = False,
         **options: Unpack[Options],
     ) -> None:
         if not 0 < lr_scale < float("inf"):
@@ -154,9 +161,11 @@ class WeightClustering(Callback):
         self.log_histograms = log_histograms
         self.freeze = (freeze,) if isinstance(freeze, str) else tuple(freeze)
         self.save_stripped = save_stripped
+        self.quantize_activations = quantize_activations
         self.options = options
         self._freezer = Freezer(())
         self._hook: RemovableHandle | None = None
+        self._first_calls: FirstCalls | None = None
         self._assigned: dict[str, Tensor] = {}
         self._random_state: dict[str, Any] | None = None
 
@@ -199,6 +208,25 @@ class WeightClustering(Callback):
         if self._cluster_if_due(trainer, pl_module):
             self._begin(trainer, pl_module)
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Watch the first clustered step: what it calls, on its data, is what is quantized."""
+        due = self.quantize_activations and is_clustered(pl_module)
+        if due and not any(quantized_modules(pl_module)):
+            self._first_calls = FirstCalls(pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Watch no longer."""
+        self._stop_watching()
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the clusterings amount to."""
         if trainer.barebones:  # where to log is to be warned
@@ -212,12 +240,13 @@ class WeightClustering(Callback):
                     writer.add_histogram(name, weight, trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Strip, after the last checkpoint was written."""
-        if self.strip:
-            strip_(pl_module)
+        """Strip, after the last checkpoint was written; learned activation ranges stay."""
         dry_run = trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self.save_stripped is not None and not dry_run:
-            trainer.save_checkpoint(self.save_stripped, weights_only=True)
+        with kept_quantized(pl_module):
+            if self.strip:
+                strip_(pl_module)
+            if self.save_stripped is not None and not dry_run:
+                trainer.save_checkpoint(self.save_stripped, weights_only=True)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -328,6 +357,12 @@ class WeightClustering(Callback):
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        if self._first_calls is not None:
+            self._first_calls.stop()
+            self._first_calls = None
 
 
 def _leaving_out(rules: Rules, patterns: Sequence[str]) -> Rules:

@@ -167,7 +167,11 @@ class _Training:
         plan = [(section.epochs, self.recipe.lr)]
         depends = self._sections("prune", "cluster", "finetune")
         # The model is clustered already, by its own parameter names: the callback lowers the rate.
-        callback = WeightClustering(lr_scale=section.lr_scale, strip=False)
+        callback = WeightClustering(
+            lr_scale=section.lr_scale,
+            strip=False,
+            quantize_activations=section.quantize_activations,
+        )
         return self._stage("finetune", depends, lambda: self._fit(clustered, plan, [callback]))
 
     def prune(self, trained: nn.Module) -> tuple[nn.Module, float]:
