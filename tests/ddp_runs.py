@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning_runs import STEPS, Batches, Net, schedule, trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -130,6 +131,13 @@ class DDPRuns:
         except ValueError as error:
             self.save("refused", {"error": str(error)})
 
+    def sharded(self) -> None:
+        try:
+            options = {"strategy": ModelParallelStrategy(), "devices": 2}
+            trainer(WeightClustering(), **options).fit(Net(), Batches())
+        except ValueError as error:
+            self.save("sharded", {"error": str(error)})
+
     def wrapped_by_hand(self) -> None:
         torch.manual_seed(self.rank)
         model = cluster_(nn.Linear(64, 64), 4)
@@ -157,3 +165,4 @@ if __name__ == "__main__":
     for training in (runs.clusterings, runs.million, runs.resumed, runs.refused):
         training()
     runs.wrapped_by_hand()
+    runs.sharded()

@@ -47,18 +47,20 @@ class Net(pl.LightningModule):
         self.build = optimizers
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-        self.log("loss", loss)
-        return loss
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return self.build(self)
+
+
+class Evaluated(Net):
+    """With the step that validation and test share."""
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         right = (self.net(batch[0]).argmax(1) == batch[1]).float().mean()
         self.log("val_acc", right, batch_size=len(batch[1]))
 
     test_step = validation_step
-
-    def configure_optimizers(self) -> Any:
-        return self.build(self)
 
 
 class Batches:
@@ -160,7 +162,7 @@ def run(
     batches: Any = Batches()
     if whole_epochs:
         batches = DataLoader(TensorDataset(batches.x, batches.y), batches.size, shuffle=True)
-    module = Net(schedule)
+    module = (Evaluated if whole_epochs else Net)(schedule)
     trainer(checkpoints, WeightClustering(strip=False, **callback), *killer).fit(
         module,
         batches,

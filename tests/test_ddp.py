@@ -68,7 +68,14 @@ def test_resumed_equals_straight(folder: Path, step: int) -> None:
             assert torch.equal(resumed["state"][key], value), key
 
 
-def test_error_of_the_fit_reaches_both_ranks(folder: Path) -> None:
-    errors = {result["error"] for result in _ranks(folder, "refused")}
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("refused", "rule 'heads.*' matches no parameter"),  # found on rank 0
+        ("sharded", "works on one device and with strategy='ddp', got ModelParallelStrategy"),
+    ],
+)
+def test_errors_reach_both_ranks(folder: Path, name: str, message: str) -> None:
+    errors = {result["error"] for result in _ranks(folder, name)}
     assert len(errors) == 1
-    assert "rule 'heads.*' matches no parameter" in errors.pop()
+    assert message in errors.pop()

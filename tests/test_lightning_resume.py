@@ -18,7 +18,7 @@ CONFIGS = [
     for start in (0, 1)
     for assignment in ("fixed", "nearest")
     for dtype in ("float32", "int8")
-]
+] + [{"start_epoch": 1, "codebook_dtype": "int8", "quantize_activations": True}]
 
 
 @pytest.fixture(scope="module")

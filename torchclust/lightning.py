@@ -292,7 +292,7 @@ class WeightClustering(Callback):
             )
 
     def _check_rules(self, pl_module: LightningModule) -> None:
-        of_rules = {k: v for k, v in self.options.items() if k not in _BESIDE_RULES}
+        of_rules: dict[str, Any] = {k: v for k, v in self.options.items() if k not in _BESIDE_RULES}
         if not planned(pl_module, _leaving_out(self.rules, self.freeze), **of_rules):
             raise ValueError(
                 f"WeightClustering({self.rules!r}, freeze={list(self.freeze)!r}) finds nothing to "
