@@ -177,9 +177,9 @@ def _module_at(model: nn.Module, name: str) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError:
         known = [n for n, _ in model.named_modules() if n]
-        close = difflib.get_close_matches(name, known, 1) or known[:1]
+        close = (difflib.get_close_matches(name, known, 1) or known)[0]
         raise ValueError(
-            f"blocks: the model has no module {name!r}; did you mean {close}?"
+            f"blocks: the model has no module {name!r}; did you mean {close!r}?"
         ) from None
 
 

@@ -185,10 +185,12 @@ def _train(
     stage: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Adam with a cosine; picks up where the state says, and keeps it up to date."""
+    """Adam with a cosine; a stage that does not lower its error over all batches is undone.
+
+    Picks up where the state says, and keeps it up to date.
+    """
     steps, lr, seed = state.steps, state.lr, state.seed + stage
     trained = [p for p in dict.fromkeys(parameters) if p.requires_grad and p.is_floating_point()]
-    rates = [lr * max(_rms(p), _LEAST_RMS) for p in trained]
     generator = torch.Generator().manual_seed(seed)
     order = [
         int(i)
@@ -196,7 +198,10 @@ def _train(
         for i in torch.randperm(len(task.targets), generator=generator)
     ]
     optimizer = torch.optim.Adam([{"params": [p]} for p in trained])
-    first = state.begin(stage, rates, optimizer)
+    first = state.begin(stage, optimizer)
+    if first == 0:
+        state.before, state.start = task.error(), [p.detach().clone() for p in trained]
+        state.rates = [lr * max(_rms(p), _LEAST_RMS) for p in trained]
     advance(first)
     for step in range(first, steps):
         fall = 0.5 + 0.5 * math.cos(math.pi * step / steps)
@@ -209,6 +214,10 @@ def _train(
         advance(1)
         if (step + 1) % _SAVED_EVERY == 0 and step + 1 < steps:
             state.save(stage, step + 1, optimizer)
+    if not task.error() < state.before:
+        with torch.no_grad():
+            for parameter, value in zip(trained, state.start, strict=True):
+                parameter.copy_(value)
     state.finish(stage)
 
 
@@ -231,6 +240,8 @@ class _State:
         self.steps, self.lr, self.seed = arguments[:3]
         self.stage, self.step = 0, 0
         self.rates: list[float] = []
+        self.before = math.inf
+        self.start: list[Tensor] = []
         self._optimizer: dict[str, Any] | None = None
         if self.path is not None and self.path.exists():
             self._load(self.path)
@@ -241,12 +252,12 @@ class _State:
     def is_new(self, stage: int) -> bool:
         return self.stage < stage or self._optimizer is None
 
-    def begin(self, stage: int, rates: list[float], optimizer: torch.optim.Optimizer) -> int:
+    def begin(self, stage: int, optimizer: torch.optim.Optimizer) -> int:
         """Set the optimizer up for a stage; returns the step to go on with."""
         if self._optimizer is not None and self.stage == stage:
             optimizer.load_state_dict(self._optimizer)
         else:
-            self.stage, self.step, self.rates = stage, 0, rates
+            self.stage, self.step = stage, 0
         self._optimizer = None
         return self.step
 
@@ -259,6 +270,8 @@ class _State:
             "stage": stage,
             "step": step,
             "rates": self.rates,
+            "before": self.before,
+            "start": self.start,
             "optimizer": None if optimizer is None else optimizer.state_dict(),
             "model": self.model.state_dict(),
         }
@@ -267,7 +280,7 @@ class _State:
 
     def finish(self, stage: int) -> None:
         """The next stage is to come, and its optimizer is a new one."""
-        self.stage, self.step = stage + 1, 0
+        self.stage, self.step, self.start = stage + 1, 0, []
         self.save(stage + 1, 0, None)
 
     def remove(self) -> None:
@@ -290,6 +303,8 @@ class _State:
             )
         restore_(self.model, stored["model"])
         self.stage, self.step, self.rates = stored["stage"], stored["step"], stored["rates"]
+        device = next(self.model.parameters()).device
+        self.before, self.start = stored["before"], [t.to(device) for t in stored["start"]]
         self._optimizer = stored["optimizer"]
 
 

@@ -1,0 +1,243 @@
+"""distill_: nearer to a teacher that stays as it is, and interruptions do not show."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import torchclust
+from torchclust import distillation
+from torchclust.blocks import find_blocks
+from torchclust.unlabelled import Call
+from torchclust.zoo import Residual
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    body = nn.Sequential(
+        nn.Conv2d(8, 16, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU6(inplace=True),
+        nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU6(),
+        nn.Conv2d(16, 8, 1, bias=False),
+        nn.BatchNorm2d(8),
+    )
+    stem = [nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(inplace=True)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 5)]
+    model = nn.Sequential(*stem, Residual(body), *head)
+    x = inputs()
+    for _ in range(30):
+        model(x)
+    return model.eval()
+
+
+def inputs() -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(96, 1, 10, 10, generator=generator).abs()
+
+
+def gap(model: nn.Module, teacher: nn.Module) -> float:
+    with torch.no_grad():
+        wanted = teacher.eval()(inputs())
+        return float((model.eval()(inputs()) - wanted).square().mean() / wanted.var())
+
+
+CASES = {
+    "int8 nearest": {"codebook_dtype": "int8", "assignment": "nearest"},
+    "int8 fixed": {"codebook_dtype": "int8"},
+    "float nearest": {"assignment": "nearest"},
+    "float fixed": {},
+    "sparse": {"preserve_sparsity": True, "assignment": "nearest"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_comes_nearer_and_keeps_the_contract(case: str) -> None:
+    model = network()
+    if case == "sparse":
+        with torch.no_grad():
+            model[0].weight[model[0].weight.abs() < 0.05] = 0
+    teacher = copy.deepcopy(model).train()
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    zeros = model[0].weight == 0
+    torchclust.cluster_(model, 5, **CASES[case])
+    start = gap(model, copy.deepcopy(teacher))
+    model[0].train()
+    modes = [module.training for module in model.modules()]
+    assert torchclust.distill_(model, teacher, inputs(), steps=30, lr=5e-3) is model
+    assert modes == [module.training for module in model.modules()]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(module.training for module in teacher.modules())
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+    assert gap(model, teacher) < 0.7 * start
+    assert not model[0].weight[zeros].any()
+    torchclust.strip_(model)  # validates the number of distinct values
+
+
+def test_labels_are_not_read() -> None:
+    x = inputs().split(32)
+    batches: list[Any] = [list(x), [(part, torch.full((32,), torch.nan)) for part in x]]
+    states = []
+    for form in batches:
+        model = network()
+        teacher = copy.deepcopy(model)
+        torchclust.cluster_(model, 5)
+        states.append(torchclust.distill_(model, teacher, form, steps=3).state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+class Killed(Exception):
+    """Stands for a kill at some step."""
+
+
+@pytest.mark.parametrize("assignment", ["fixed", "nearest"])
+@pytest.mark.parametrize("kill", [1, 4, 7, 13, 16, 19])
+def test_an_interrupted_call_goes_on(
+    kill: int, assignment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at a step of any stage, then called again in a new model: bit-equal to one call."""
+    monkeypatch.setattr(distillation, "_SAVED_EVERY", 2)
+    file = tmp_path / "state.pt"
+
+    def fresh() -> tuple[nn.Module, nn.Module]:
+        model = network()
+        teacher = copy.deepcopy(model)
+        options: dict[str, Any] = {"codebook_dtype": "int8", "assignment": assignment}
+        return torchclust.cluster_(model, 7, **options), teacher
+
+    straight = torchclust.distill_(*fresh(), inputs(), steps=6)
+    count = 0
+
+    def step_or_die(*args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == kill:
+            raise Killed
+
+    handle = register_optimizer_step_post_hook(step_or_die)
+    model, teacher = fresh()
+    teacher.train()
+    with pytest.raises(Killed):
+        torchclust.distill_(model, teacher, inputs(), steps=6, checkpoint=file)
+    handle.remove()
+    assert all(module.training for module in teacher.modules())
+    assert file.exists() == (kill > 2)
+    resumed = torchclust.distill_(*fresh(), inputs(), steps=6, checkpoint=file)
+    assert not file.exists()
+    state = resumed.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in straight.state_dict().items())
+
+
+def test_a_checkpoint_of_another_call_is_refused(tmp_path: Path) -> None:
+    model = network()
+    teacher = copy.deepcopy(model)
+    torchclust.cluster_(model, 5)
+    file = tmp_path / "state.pt"
+    file.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"is not one of distill_"):
+        torchclust.distill_(model, teacher, inputs(), steps=1, checkpoint=file)
+    torch.save({"arguments": "[1]"}, file)
+    with pytest.raises(ValueError, match=r"was left by another call: it has \[1\]"):
+        torchclust.distill_(model, teacher, inputs(), steps=1, checkpoint=file)
+
+
+class Branched(nn.Module):
+    """Functional steps between modules, one of them in place, and a module that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.fourth = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.twice(self.twice(self.first(x)))
+        z = self.third(y)
+        z.relu_()
+        return self.fourth(z)
+
+
+def test_blocks_follow_the_data() -> None:
+    model = network()
+    convs = [model[0], model[3].body[0], model[3].body[6], model[7]]
+    found = find_blocks(model, Call((inputs(),)), convs)
+    assert [block.paths for block in found] == [("0", "1", "2"), ("3", "4", "5", "6"), ("7",)]
+    assert [block.chained for block in found] == [False, True, True]
+    branched = Branched()
+    found = find_blocks(branched, Call((torch.randn(4, 6),)), list(branched.children()))
+    assert [(block.paths, block.chained) for block in found] == [
+        (("first",), False),
+        (("third",), False),
+        (("fourth",), False),
+    ]
+
+
+def test_a_block_alone_gives_what_it_gives_in_the_model() -> None:
+    model, call = Branched().eval(), Call((torch.randn(4, 6),))
+    seen: dict[str, Tensor] = {}
+    for name, module in model.named_children():
+        module.register_forward_hook(lambda m, a, out, n=name: seen.update({n: out.clone()}))
+    with torch.no_grad():
+        model(*call.args)
+        kept = dict(seen)
+        for block in find_blocks(model, call, list(model.children())):
+            inside = block.input_of(model, call)
+            assert torch.equal(block.run(model, inside), kept[block.paths[-1]])
+
+
+def test_named_blocks() -> None:
+    model = network()
+    teacher = copy.deepcopy(model)
+    torchclust.cluster_(model, 5)
+    start = gap(model, teacher)
+    torchclust.distill_(model, teacher, inputs(), steps=20, lr=5e-3, blocks=["0", "3"])
+    assert gap(model, teacher) < start
+    with pytest.raises(ValueError, match=r"no module '33'; did you mean '3'"):
+        torchclust.distill_(model, teacher, inputs(), steps=1, blocks=["33"])
+    branched = Branched()
+    teacher_of_branched = copy.deepcopy(branched)
+    torchclust.cluster_(branched, 5)
+    with pytest.raises(ValueError, match=r"'twice' runs 2 times in a forward pass"):
+        torchclust.distill_(
+            branched, teacher_of_branched, torch.randn(4, 6), steps=1, blocks=["twice"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": True}, "steps must be an int, got True"),
+        ({"lr": 0}, "lr must be a positive number, got 0"),
+        ({"batches": []}, "there is no batch of inputs"),
+        ({"teacher": nn.Linear(2, 2)}, "it has no module '0'"),
+        ({"teacher": "itself"}, "the teacher shares parameters with the model"),
+        ({"model": nn.Linear(2, 2)}, "nothing to distill: the model is not clustered"),
+    ],
+)
+def test_errors(change: dict[str, Any], message: str) -> None:
+    model = torchclust.cluster_(network(), 5)
+    arguments = {"model": model, "teacher": network(), "batches": inputs(), **change}
+    if change.get("teacher") == "itself":
+        arguments["teacher"] = model
+    steps, lr = arguments.pop("steps", 1), arguments.pop("lr", 1e-3)
+    with pytest.raises((ValueError, TypeError), match=message):
+        torchclust.distill_(*arguments.values(), steps=steps, lr=lr)
+
+
+def test_rounded_activations_are_rounded_in_the_end_to_end_pass() -> None:
+    activations = pytest.importorskip("torchclust.activations")
+    model = network()
+    teacher = copy.deepcopy(model)
+    torchclust.cluster_(model, 5, codebook_dtype="int8", inputs=inputs())
+    activations.quantize_activations_(model, inputs()[:8])
+    start = gap(model, teacher)
+    torchclust.distill_(model, teacher, inputs(), steps=30, lr=5e-3)
+    assert gap(model, teacher) < 0.95 * start
