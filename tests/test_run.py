@@ -23,7 +23,8 @@ from torchclust.recipe import RecipeError, load_recipe, parse_recipe
 from torchclust.run import run_recipe
 from torchclust.run_report import gains, markdown
 from torchclust.stages import Stages, train_networks
-from torchclust.sweep import front, plan, run_sweep
+from torchclust.sweep import _plot, front, plan, run_sweep
+from torchclust.sweep import markdown as markdown_of_sweep
 from torchclust.training import GradualPruning, fit, prunable
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -273,6 +274,20 @@ def test_sweep_needs_values_and_valid_recipes(tmp_path: Path) -> None:
     assert [p.label for p in plan(file, ["model=arm_mlp,lenet_300_100"])] == [
         "model=arm_mlp", "model=lenet_300_100",
     ]  # fmt: skip
+
+
+def test_sweep_plots_what_was_measured(tmp_path: Path) -> None:
+    def row(label: str, flash: int | None, zipped: int) -> dict:
+        sizes = {"flash, bytes": flash, "encoded weights, bytes": flash, "int8 zip, bytes": zipped}
+        baseline = {f"baseline {name}": 9000 for name in sizes}
+        rest = {"float zip, bytes": 1, "cycles": None, "not clustered, %": 90.0}
+        return {"label": label, "int8 accuracy, %": 89.0, **sizes, **baseline, **rest}
+
+    for flash in (3000, None, 0):
+        _plot([row("a", flash, 2000), row("b", flash, 1000)], tmp_path / f"{flash}.png")
+        assert (tmp_path / f"{flash}.png").read_bytes().startswith(b"\x89PNG")
+    assert "cycles" not in markdown_of_sweep([row("a", 3000, 2000)])
+    assert "| a | 89.00 |" in markdown_of_sweep([row("a", 3000, 2000)])
 
 
 def test_pareto_front() -> None:
