@@ -30,7 +30,7 @@ name: test
 data: {name: mnist5k, batch_size: 32}
 model: {name: seed_cnn, batch_norm: false}
 train: {epochs: 1, lr: 1e-3}
-cluster: {n_clusters: 16, rules: {"0.weight": null, Linear: {n_clusters: 4}}}
+cluster: {n_clusters: 16, rules: {"conv1.weight": null, Linear: {n_clusters: 4}}}
 finetune: {epochs: 1}
 export: {calibration_samples: 20}
 vela: {accelerator: ethos-u55-128}
@@ -60,7 +60,7 @@ def test_every_field_arrives(file: Path) -> None:
     assert recipe.model.arguments == {"batch_norm": False}
     assert recipe.cluster.all_rules == {
         "*": 16,
-        "0.weight": None,
+        "conv1.weight": None,
         "Linear": {"n_clusters": 4},
     }
     assert recipe.prune is None

@@ -9,6 +9,7 @@ not ``mean``), and `torch.manual_seed` before the call makes them reproducible.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -29,18 +30,23 @@ def seed_cnn(
     """
     channels, height, width = input_shape
     pixels = ((height - 2) // 2 - 2) // 2 * (((width - 2) // 2 - 2) // 2)
-    return nn.Sequential(
-        *_conv(channels, 32, 3, padding=0, norm=batch_norm),
-        nn.MaxPool2d(2),
-        nn.Dropout(0.25),
-        *_conv(32, 64, 3, padding=0, norm=batch_norm),
-        nn.MaxPool2d(2),
-        nn.Dropout(0.25),
-        nn.Flatten(),
-        nn.Linear(64 * pixels, 256),
-        nn.ReLU(),
-        nn.Linear(256, n_classes),
-    )
+    layers: list[tuple[str, nn.Module | None]] = [
+        ("conv1", nn.Conv2d(channels, 32, 3, bias=not batch_norm)),
+        ("norm1", nn.BatchNorm2d(32) if batch_norm else None),
+        ("relu1", nn.ReLU()),
+        ("pool1", nn.MaxPool2d(2)),
+        ("drop1", nn.Dropout(0.25)),
+        ("conv2", nn.Conv2d(32, 64, 3, bias=not batch_norm)),
+        ("norm2", nn.BatchNorm2d(64) if batch_norm else None),
+        ("relu2", nn.ReLU()),
+        ("pool2", nn.MaxPool2d(2)),
+        ("drop2", nn.Dropout(0.25)),
+        ("flatten", nn.Flatten()),
+        ("dense1", nn.Linear(64 * pixels, 256)),
+        ("relu3", nn.ReLU()),
+        ("dense2", nn.Linear(256, n_classes)),
+    ]
+    return nn.Sequential(OrderedDict((name, layer) for name, layer in layers if layer is not None))
 
 
 def mnist_convnet(input_shape: Shape = MNIST, n_classes: int = 10) -> nn.Module:
