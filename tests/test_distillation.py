@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_recipe import fake_data
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import torchclust
-from torchclust import distillation
+from torchclust import distillation, prepare, stages
 from torchclust.blocks import find_blocks
+from torchclust.recipe import parse_recipe
 from torchclust.unlabelled import Call
 from torchclust.zoo import Residual
 
@@ -241,3 +243,35 @@ def test_rounded_activations_are_rounded_in_the_end_to_end_pass() -> None:
     start = gap(model, teacher)
     torchclust.distill_(model, teacher, inputs(), steps=30, lr=5e-3)
     assert gap(model, teacher) < 0.95 * start
+
+
+def test_recipes_without_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`finetune: {labels: false}` clusters to images, distills, and resumes; nothing is fitted."""
+    monkeypatch.setattr(prepare, "load_data", fake_data)
+    monkeypatch.setattr(stages, "STEPS_PER_EPOCH", 2)
+    recipe = {
+        "name": "unlabelled",
+        "data": {"name": "mnist5k", "batch_size": 8},
+        "model": "arm_mlp",
+        "train": {"epochs": 1},
+        "cluster": {"n_clusters": 8, "codebook_dtype": "int8", "assignment": "nearest"},
+        "finetune": {"labels": False, "quantize_activations": True},
+    }
+    prepared = prepare.prepare(parse_recipe(recipe))
+    calls_of = {"fit": 0, "distill_": 0}
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls_of[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(stages, "fit", counted("fit", stages.fit))
+    monkeypatch.setattr(torchclust, "distill_", counted("distill_", torchclust.distill_))
+    for _ in range(2):  # the second time every stage is read back
+        found = stages.train_networks(prepared, stages.Stages(tmp_path, progress=False))
+        assert calls_of == {"fit": 2, "distill_": 1}  # the model and its control
+        assert found.compressed is not None
+        assert torchclust.is_clustered(found.compressed)
+        assert found.accuracy["clustered"] is not None

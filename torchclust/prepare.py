@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import torchclust
 from torchclust.data import DATASETS, Data, DataError
@@ -65,17 +65,20 @@ def _check_finetuning(recipe: Recipe) -> None:
     known = inspect.signature(WeightClustering).parameters
     if recipe.finetune.quantize_activations and "quantize_activations" not in known:
         raise RecipeError("finetune.quantize_activations: true is not in this version yet")
-    if not recipe.finetune.labels and not hasattr(torchclust, "distill_"):
-        raise RecipeError("finetune.labels: false is not in this version yet")
 
 
-def clustered_copy(recipe: Recipe, model: nn.Module) -> nn.Module:
-    """Return a copy of `model`, clustered as the recipe says (it must have that section)."""
+def clustered_copy(recipe: Recipe, model: nn.Module, inputs: Tensor | None = None) -> nn.Module:
+    """Return a copy of `model`, clustered as the recipe says (it must have that section).
+
+    With `inputs`, unlabelled images, it is clustered for the outputs that they give.
+    """
     section = recipe.cluster
     if section is None:
         raise RecipeError("the recipe has no section cluster")
     rules = section.all_rules
-    return torchclust.cluster_(copy.deepcopy(model), rules, seed=recipe.seed, **section.options)
+    return torchclust.cluster_(
+        copy.deepcopy(model), rules, inputs=inputs, seed=recipe.seed, **section.options
+    )
 
 
 def load_data(section: DataSection) -> Data:

@@ -138,7 +138,7 @@ class FinetuneSection(Section):
     epochs: int = Field(1, ge=0, description="passes over the training set")
     lr_scale: float = Field(0.1, gt=0, description="times train.lr (1e-3 where that is absent)")
     quantize_activations: bool = Field(False, description="fake-quantize activations meanwhile")
-    labels: bool = Field(True, description="false: learn from the unclustered model's outputs")
+    labels: bool = Field(True, description="false: 512 images and the unclustered model")
 
 
 class ExportSection(Section):

@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 from pytorch_lightning.callbacks import Callback
-from torch import nn
+from torch import Tensor, nn
 
 import torchclust
-from torchclust.data import loader
+from torchclust.activations import quantize_activations_
+from torchclust.data import loader, samples
 from torchclust.lightning import WeightClustering
 from torchclust.prepare import Prepared, clustered_copy
 from torchclust.recipe import Recipe
@@ -37,6 +38,8 @@ from torchclust.training import GradualPruning, accuracy, fit
 
 Result = dict[str, Any]
 EVALUATION_BATCH = 250
+UNLABELLED = 512  # training images that ``finetune.labels: false`` sees
+STEPS_PER_EPOCH = 150  # of `torchclust.distill_`, for each of its stages
 
 
 @dataclass
@@ -134,7 +137,7 @@ def train_networks(prepared: Prepared, stages: Stages) -> Networks:
         compressed, accuracy["before_finetune"] = training.cluster(compressed)
         accuracy["clustered"] = accuracy["before_finetune"]
         if recipe.finetune is not None and recipe.finetune.epochs:
-            compressed, accuracy["clustered"] = training.finetune(compressed)
+            compressed, accuracy["clustered"] = training.finetune(compressed, trained)
     return Networks(trained, control, compressed, accuracy)
 
 
@@ -159,11 +162,20 @@ class _Training:
 
     def cluster(self, start: nn.Module) -> tuple[nn.Module, float]:
         depends = self._sections("prune", "cluster")
-        return self._stage("cluster", depends, lambda: clustered_copy(self.recipe, start))
+        images = self._unlabelled()
+        if images is not None:
+            depends["inputs"] = len(images)
+        return self._stage("cluster", depends, lambda: clustered_copy(self.recipe, start, images))
 
-    def finetune(self, clustered: nn.Module) -> tuple[nn.Module, float]:
+    def finetune(self, clustered: nn.Module, teacher: nn.Module) -> tuple[nn.Module, float]:
         section = self.recipe.finetune
         assert section is not None
+        images = self._unlabelled()
+        if images is not None:
+            depends = self._sections("prune", "cluster", "finetune")
+            return self._stage(
+                "finetune", depends, lambda: self._distilled(clustered, teacher, images)
+            )
         plan = [(section.epochs, self.recipe.lr)]
         depends = self._sections("prune", "cluster", "finetune")
         # The model is clustered already, by its own parameter names: the callback lowers the rate.
@@ -173,6 +185,28 @@ class _Training:
             quantize_activations=section.quantize_activations,
         )
         return self._stage("finetune", depends, lambda: self._fit(clustered, plan, [callback]))
+
+    def _unlabelled(self) -> Tensor | None:
+        """Return the images of a recipe that does without labels, (512, C, H, W), else None."""
+        section = self.recipe.finetune
+        if section is None or section.labels:
+            return None
+        return samples(self.data.train, UNLABELLED, seed=self.recipe.seed)
+
+    def _distilled(self, clustered: nn.Module, teacher: nn.Module, images: Tensor) -> nn.Module:
+        section = self.recipe.finetune
+        assert section is not None
+        model = copy.deepcopy(clustered)
+        if section.quantize_activations:
+            quantize_activations_(model, images[:EVALUATION_BATCH])
+        return torchclust.distill_(
+            model,
+            teacher,
+            images,
+            steps=STEPS_PER_EPOCH * section.epochs,
+            progress=self.stages.progress,
+            seed=self.recipe.seed,
+        )
 
     def prune(self, trained: nn.Module) -> tuple[nn.Module, float]:
         section = self.recipe.prune
