@@ -12,7 +12,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from lightning_runs import STEPS, Batches, Evaluated, Net, schedule, trainer
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import (
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -245,6 +251,45 @@ def test_same_trainer_fits_on() -> None:
     fit.fit(module, Batches())
     assert len(seen) == STEPS
     assert max(seen) <= 4
+
+
+# Beside callbacks that copy the module or load checkpoints themselves
+
+
+@pytest.mark.parametrize("make", [WeightAveraging, lambda: StochasticWeightAveraging(1e-2, 1)])
+@pytest.mark.parametrize("assignment", ["fixed", "nearest"])
+def test_averaging_a_clustered_module(make: Callable[[], pl.Callback], assignment: str) -> None:
+    module = Net(net=perceptron())
+    trainer(WeightClustering(4, assignment=assignment), make()).fit(module, Batches())
+    assert count_distinct(module.net[1].weight) <= 4
+
+
+@pytest.mark.parametrize("make", [WeightAveraging, lambda: StochasticWeightAveraging(1e-2, 1)])
+@pytest.mark.parametrize(("start_epoch", "first"), [(1, True), (0, False)])
+def test_averaging_a_copy_that_is_not_clustered(
+    make: Callable[[], pl.Callback], start_epoch: int, first: bool
+) -> None:
+    callbacks = [WeightClustering(4, start_epoch=start_epoch), make()]
+    with pytest.raises(ValueError, match=r"list WeightClustering before it, with start_epoch=0"):
+        trainer(*callbacks[:: 1 if first else -1]).fit(Net(net=perceptron()), Batches())
+
+
+def test_rate_finder_leaves_the_codebooks_in_the_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It saves and loads a checkpoint once the optimizers are there."""
+    monkeypatch.chdir(tmp_path)
+    module, held = Net(net=perceptron()), []
+    module.lr = 1e-2
+
+    def look(m: Net) -> None:
+        groups = m.optimizers().param_groups
+        held.append({id(p) for p in groups[0]["params"]} == {id(p) for p in m.parameters()})
+
+    clustering = WeightClustering(4, assignment="nearest")
+    finder = LearningRateFinder(num_training_steps=30, update_attr=False)
+    trainer(clustering, finder, Call("on_train_batch_start", 0, look)).fit(module, Batches(40))
+    assert set(held) == {True}
 
 
 # Freezing

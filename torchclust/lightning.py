@@ -55,6 +55,7 @@ from torchclust.rng import random_state, set_random_state
 
 _RANDOM_STATE = "torchclust_random_state"
 _BESIDE_RULES = ("importance", "inputs", "seed")
+_COPIERS = {"WeightAveraging", "StochasticWeightAveraging"}  # of the module, in their own setup
 
 
 class Options(TypedDict, total=False):
@@ -280,11 +281,21 @@ class WeightClustering(Callback):
 
     def _check(self, trainer: Trainer) -> None:
         strategy, last = trainer.strategy, trainer.max_epochs
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
             raise ValueError(
                 f"WeightClustering works on one device and with strategy='ddp', got "
                 f"{type(strategy).__name__}, which shards or splits the parameters it clusters"
             )
+        for callback in callbacks:
+            copies = _COPIERS & {cls.__name__ for cls in type(callback).__mro__}
+            late = self.start_epoch > 0 or callbacks.index(callback) < callbacks.index(self)
+            if copies and late:
+                raise ValueError(
+                    f"{copies.pop()} averages a copy of the module that it makes when fitting "
+                    f"starts, so that must be clustered by then: list WeightClustering before it, "
+                    f"with start_epoch=0 (got {self.start_epoch})"
+                )
         if last is not None and 0 <= last <= self.start_epoch:
             rank_zero_warn(
                 f"WeightClustering never clusters: start_epoch={self.start_epoch}, but the "
