@@ -182,7 +182,7 @@ def test_override(setting: str, expected: dict) -> None:
         ("data.root=/tmp", "unknown key data.root: mnist5k takes no arguments"),
         ("vela.accelerator=u55", "vela.accelerator: no 'u55'"),
         ("cluster.rules={stem.*: 3}", r"cluster: rule 'stem\.\*' matches no parameter"),
-        ("cluster.rules={0.bias: 64}", "cluster: cannot cluster '0.bias'"),
+        ("cluster.rules={conv1.bias: 64}", "cluster: cannot cluster 'conv1.bias'"),
         ("model={target: nowhere.Net}", "model.target: cannot import 'nowhere.Net'"),
         ("model={target: torch.nn.Nothing}", "cannot import 'torch.nn.Nothing'"),
         ("model={target: Net}", "cannot import 'Net'"),
