@@ -91,6 +91,29 @@ def test_rates_and_epochs_of_every_stage(tmp_path: Path, monkeypatch) -> None:
     assert fits == rates  # train, then the control's two, then prune and finetune
 
 
+@pytest.mark.parametrize("quantize", [False, True])
+def test_without_labels_none_is_read(tmp_path: Path, monkeypatch, quantize: bool) -> None:
+    """Labels that are shuffled after training change the accuracies but no parameter."""
+    content = {**SMALL, "finetune": {"labels": False, "quantize_activations": quantize}}
+    content["cluster"] = {"n_clusters": 4, "assignment": "nearest"}
+    prepared = prepare(parse_recipe(content))
+    networks = train_networks(prepared, Stages(tmp_path, progress=False))
+    for name, value in networks.control.state_dict().items():
+        assert torch.equal(value, networks.trained.state_dict()[name])
+    for stage in ("cluster", "distill"):
+        next(tmp_path.glob(f"{stage}-*")).unlink()
+    monkeypatch.setattr(stages, "fit", None)
+    prepared.data.train.labels[:] = 0
+    again = train_networks(prepared, Stages(tmp_path, progress=False))
+    images = prepared.data.train[list(range(40))][0]
+    with torch.no_grad():
+        outputs = [net(images) for net in (networks.trained, networks.compressed, again.compressed)]
+        clustered = preparing.clustered_copy(prepared.recipe, networks.trained).eval()(images)
+    assert torch.equal(outputs[1], outputs[2])
+    error, before = ((outputs[0] - y).square().mean() for y in (outputs[1], clustered))
+    assert error < 0.5 * before
+
+
 def test_pruned_zeros_stay_through_clustering_and_finetuning(tmp_path: Path) -> None:
     content = {**SMALL, "prune": {"sparsity": 0.8, "epochs": 2}}
     content["cluster"] = {"n_clusters": 8, "preserve_sparsity": True, "assignment": "nearest"}

@@ -45,7 +45,6 @@ def prepare(recipe: Recipe) -> Prepared:
         raise RecipeError(f"vela.accelerator: no {given!r}; {nearest(given, ACCELERATORS)}")
     data = load_data(recipe.data)
     model = build_model(recipe.model, data, recipe.seed)
-    _check_finetuning(recipe)
     if recipe.cluster is not None:
         try:
             tried = clustered_copy(recipe, model)
@@ -54,17 +53,6 @@ def prepare(recipe: Recipe) -> Prepared:
         if not torchclust.is_clustered(tried):
             raise RecipeError("cluster: the rules leave every tensor alone; leave the section out")
     return Prepared(recipe, data, model)
-
-
-def _check_finetuning(recipe: Recipe) -> None:
-    """Refuse options of fine-tuning that this version can not do, rather than leave them out."""
-    from torchclust.lightning import WeightClustering
-
-    if recipe.finetune is None:
-        return
-    known = inspect.signature(WeightClustering).parameters
-    if recipe.finetune.quantize_activations and "quantize_activations" not in known:
-        raise RecipeError("finetune.quantize_activations: true is not in this version yet")
 
 
 def clustered_copy(recipe: Recipe, model: nn.Module, inputs: Tensor | None = None) -> nn.Module:

@@ -27,6 +27,7 @@ from torchclust.config import (
     Init,
 )
 
+CALIBRATION_SAMPLES = 200
 AnyPath = Annotated[Path, Field(strict=False)]
 
 
@@ -144,7 +145,9 @@ class FinetuneSection(Section):
 class ExportSection(Section):
     """int8 TFLite files, clustered and not, and float ones."""
 
-    calibration_samples: int = Field(200, ge=1, description="training images that set the ranges")
+    calibration_samples: int = Field(
+        CALIBRATION_SAMPLES, ge=1, description="training images that set the ranges"
+    )
 
 
 class VelaSection(Section):
@@ -189,6 +192,13 @@ class Recipe(Section):
                 "prune needs cluster.preserve_sparsity: true, or clustering undoes its zeros"
             )
         return self
+
+    @property
+    def unlabelled_samples(self) -> int:
+        """How many images stand in for the training set; 0 where fine-tuning has labels."""
+        if self.finetune is None or self.finetune.labels:
+            return 0
+        return self.export.calibration_samples if self.export else CALIBRATION_SAMPLES
 
     @property
     def lr(self) -> float:

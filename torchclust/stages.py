@@ -134,7 +134,8 @@ def train_networks(prepared: Prepared, stages: Stages) -> Networks:
         compressed, accuracy["pruned"] = training.prune(trained)
         accuracy["clustered"] = accuracy["pruned"]
     if recipe.cluster is not None:
-        compressed, accuracy["before_finetune"] = training.cluster(compressed)
+        start = compressed
+        compressed, accuracy["before_finetune"] = training.cluster(start)
         accuracy["clustered"] = accuracy["before_finetune"]
         if recipe.finetune is not None and recipe.finetune.epochs:
             compressed, accuracy["clustered"] = training.finetune(compressed, trained)
@@ -157,56 +158,54 @@ class _Training:
     def control(self, trained: nn.Module) -> tuple[nn.Module, float]:
         prune, finetune = self.recipe.prune, self.recipe.finetune
         plan = [(prune.epochs, self.recipe.lr)] if prune else []
-        plan += [(finetune.epochs, self.recipe.lr * finetune.lr_scale)] if finetune else []
+        if finetune and finetune.labels:
+            plan += [(finetune.epochs, self.recipe.lr * finetune.lr_scale)]
         return self._stage("control", {"plan": plan}, lambda: self._fit(trained, plan))
 
     def cluster(self, start: nn.Module) -> tuple[nn.Module, float]:
-        depends = self._sections("prune", "cluster")
-        images = self._unlabelled()
-        if images is not None:
-            depends["inputs"] = len(images)
-        return self._stage("cluster", depends, lambda: clustered_copy(self.recipe, start, images))
+        inputs = self._unlabelled()
+        depends = {**self._sections("prune", "cluster"), "inputs": self.recipe.unlabelled_samples}
+        return self._stage("cluster", depends, lambda: clustered_copy(self.recipe, start, inputs))
 
     def finetune(self, clustered: nn.Module, teacher: nn.Module) -> tuple[nn.Module, float]:
+        depends = self._sections("prune", "cluster", "finetune")
+        if self.recipe.unlabelled_samples:
+            depends["inputs"] = self.recipe.unlabelled_samples
+            return self._stage("distill", depends, lambda: self._distilled(clustered, teacher))
+        return self._stage("finetune", depends, lambda: self._finetuned(clustered))
+
+    def _finetuned(self, clustered: nn.Module) -> nn.Module:
         section = self.recipe.finetune
         assert section is not None
-        images = self._unlabelled()
-        if images is not None:
-            depends = self._sections("prune", "cluster", "finetune")
-            return self._stage(
-                "finetune", depends, lambda: self._distilled(clustered, teacher, images)
-            )
-        plan = [(section.epochs, self.recipe.lr)]
-        depends = self._sections("prune", "cluster", "finetune")
         # The model is clustered already, by its own parameter names: the callback lowers the rate.
         callback = WeightClustering(
             lr_scale=section.lr_scale,
             strip=False,
             quantize_activations=section.quantize_activations,
         )
-        return self._stage("finetune", depends, lambda: self._fit(clustered, plan, [callback]))
+        return self._fit(clustered, [(section.epochs, self.recipe.lr)], [callback])
 
-    def _unlabelled(self) -> Tensor | None:
-        """Return the images of a recipe that does without labels, (512, C, H, W), else None."""
-        section = self.recipe.finetune
-        if section is None or section.labels:
-            return None
-        return samples(self.data.train, UNLABELLED, seed=self.recipe.seed)
-
-    def _distilled(self, clustered: nn.Module, teacher: nn.Module, images: Tensor) -> nn.Module:
-        section = self.recipe.finetune
+    def _distilled(self, clustered: nn.Module, teacher: nn.Module) -> nn.Module:
+        section, images = self.recipe.finetune, self._unlabelled()
         assert section is not None
+        assert images is not None
         model = copy.deepcopy(clustered)
         if section.quantize_activations:
-            quantize_activations_(model, images[:EVALUATION_BATCH])
+            quantize_activations_(model, images[:32])
         return torchclust.distill_(
             model,
             teacher,
-            images,
-            steps=STEPS_PER_EPOCH * section.epochs,
+            images.split(32),
+            steps=400 * section.epochs,
+            lr=1e-2 * section.lr_scale,
             progress=self.stages.progress,
             seed=self.recipe.seed,
         )
+
+    def _unlabelled(self) -> Tensor | None:
+        """Return the images that fine-tuning without labels may see, None where it has labels."""
+        count = self.recipe.unlabelled_samples
+        return samples(self.data.train, count, seed=self.recipe.seed) if count else None
 
     def prune(self, trained: nn.Module) -> tuple[nn.Module, float]:
         section = self.recipe.prune
