@@ -10,6 +10,7 @@ its name.
 from __future__ import annotations
 
 import builtins
+import itertools
 import os
 import tempfile
 from collections.abc import Iterable
@@ -119,21 +120,19 @@ def to_tflite(
     """
     _check_arguments(Path(path), calibration, float, ranges)
     prepared = layout.prepare(model, example_inputs, last=channels_last)
+    samples = _samples(calibration, prepared)
     content = bytearray(_convert(prepared))
     graph = read_graph(content)
     placed = find_clustered(graph, trained_codes(model, prepared), prepared.used)
     comparison = Comparison(prepared, graph)
-    batches = calibrating.progress(calibration or (), "Calibrating")
-    samples = calibrating.Counted(
-        comparison.collect(calibrating.samples(batches, prepared.arguments, prepared.module.keys))
-    )
+    inputs = calibrating.Counted(comparison.collect(samples))
     learned = None
     if float:
         rows = tuple(_float_row(p) for p in placed)
-        for _ in samples:
+        for _ in inputs:
             pass
     else:
-        observed = calibrating.observe(bytes(content), graph, samples, ranges)
+        observed = calibrating.observe(bytes(content), graph, inputs, ranges)
         learned = find_learned(model, prepared, bytes(content), graph, comparison.first)
         if learned is not None:
             observed |= learned.ranges
@@ -143,9 +142,7 @@ def to_tflite(
     agreement = comparison.run(bytes(content))
     _write(Path(path), content)
     missed = None if learned is None else learned.missed
-    return _result(
-        Path(path), len(content), prepared, graph, rows, agreement, samples.count, missed
-    )
+    return _result(Path(path), len(content), prepared, graph, rows, agreement, inputs.count, missed)
 
 
 def _check_arguments(path: Path, calibration: object, float_: bool, ranges: str) -> None:
@@ -163,6 +160,23 @@ def _check_arguments(path: Path, calibration: object, float_: bool, ranges: str)
     backends.quantizer()
 
 
+def _samples(
+    calibration: Iterable[Any] | None, prepared: layout.Prepared
+) -> Iterable[calibrating.Sample]:
+    """Calibration data sample by sample; the first is drawn at once, before any long work."""
+    if calibration is None:
+        return ()
+    batches = calibrating.progress(calibration, "Calibrating")
+    samples = calibrating.samples(batches, prepared.arguments, prepared.module.keys)
+    first = next(samples, None)
+    if first is None:
+        raise ValueError(
+            "calibration is empty. An iterator that was read before gives nothing any more; pass "
+            "a list or a DataLoader"
+        )
+    return itertools.chain([first], samples)
+
+
 def _convert(prepared: layout.Prepared) -> bytes:
     """The float file. BatchNorm is folded and activations are fused by the converter."""
     litert = backends.litert_torch()
@@ -170,9 +184,9 @@ def _convert(prepared: layout.Prepared) -> bytes:
         with backends.quietly(), torch.no_grad():
             return bytes(litert.convert(prepared.module, prepared.example).model_content())
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(
-            f"litert-torch cannot convert {type(prepared.original).__name__}: {reason}"
+            f"litert-torch cannot convert {type(prepared.original).__name__}: "
+            f"{backends.first_line(error)}"
         ) from error
 
 
