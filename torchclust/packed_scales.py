@@ -19,6 +19,8 @@ from torchclust.packed_entropy import Integers
 
 _LARGEST = 127
 _NUDGES = (0, 1, -1, 2, -2)  # units in the last place between largest / code and the scale
+_SAMPLE = 32  # rows that choose a codebook for all
+_MOST_WORK = 10**8  # products to try for one tensor: seconds
 
 
 def recover_scales(
@@ -124,66 +126,79 @@ class _Rows:
 
 
 def _best(rows: _Rows, n_rows: int) -> tuple[Bits, Integers] | None:
-    """Of the codebooks that the fullest row allows, the one that explains the most rows."""
-    present = rows.row[rows.start]
-    fullest = rows.only(present == present[np.argmax(rows.sizes)])
-    best = None
-    for codebook in _codebooks(fullest):
-        found = _Found(rows, codebook)
-        found.explain()
-        if best is None or found.is_open.sum() < best.is_open.sum():
-            best = found
-        if not best.is_open.any():
+    """Scales by row and codes by magnitude, from the codebook that suits the fullest rows best."""
+    fullest = np.zeros(len(rows.start), bool)
+    fullest[np.argsort(-rows.sizes, kind="stable")[:_SAMPLE]] = True
+    sample = rows.only(fullest)
+    guesses = [codebook for codebook, _, _ in _options(sample, int(np.argmax(sample.sizes)))]
+    trials = [_Found(sample, codebook) for codebook in guesses]
+    for trial in trials:
+        if trial.explain() and not trial.is_open.any():
             break
-    if best is None or not best.extend():
+    if not trials:
+        return None
+    found = _Found(rows, min(trials, key=lambda trial: trial.is_open.sum()).codebook)
+    if not found.explain_all():
         return None
     scales = np.full(n_rows, to_bits(torch.ones(1, dtype=rows.dtype.torch))[0], rows.dtype.bits)
-    scales[present] = best.scales
-    return scales, best.codes
+    scales[rows.row[rows.start]] = found.scales
+    return scales, found.codes
 
 
-def _codebooks(row: _Rows) -> list[frozenset[int]]:
-    """The sets of codes that a single row may have, small codes first."""
-    n, nudges = len(row.row), len(_NUDGES)
-    trial = np.arange(_LARGEST * nudges).repeat(n)
-    trials = _Rows(trial, np.tile(row.bits, _LARGEST * nudges), _starts(trial), trial, row.dtype)
-    code = np.arange(1, _LARGEST + 1).repeat(nudges)
-    _, codes, exact = trials.fit(code, np.tile(np.array(_NUDGES), _LARGEST))
+def _options(rows: _Rows, which: int) -> list[tuple[frozenset[int], np.unsignedinteger, Integers]]:
+    """What a row may be, small codes first: its set of codes, its scale, and its codes."""
+    start, n = rows.start[which], rows.sizes[which]
+    code = np.arange(1, _LARGEST + 1).repeat(len(_NUDGES))
+    trial = np.arange(len(code)).repeat(n)
+    bits = np.tile(rows.bits[start : start + n], len(code))
+    trials = _Rows(trial, bits, _starts(trial), trial, rows.dtype)
+    scales, codes, exact = trials.fit(code, np.tile(np.array(_NUDGES), _LARGEST))
     whole = exact.reshape(-1, n).all(1)
-    found = dict.fromkeys(frozenset(c.tolist()) for c in codes.reshape(-1, n)[whole])
-    return list(found)
+    found = {
+        frozenset(row.tolist()): (scale, row)
+        for scale, row in zip(scales[whole], codes.reshape(-1, n)[whole], strict=True)
+    }
+    return [(codebook, *rest) for codebook, rest in found.items()]
 
 
 class _Found:
     """Scales and codes as far as they are found, with the codes in use."""
 
     def __init__(self, rows: _Rows, codebook: frozenset[int]) -> None:
-        self.rows, self.codebook = rows, set(codebook)
+        self.rows, self.codebook = rows, codebook
         self.scales = np.zeros(len(rows.start), rows.dtype.bits)
         self.codes = np.zeros(len(rows.row), np.int64)
         self.is_open = np.ones(len(rows.start), bool)
+        self._work = 0
 
-    def explain(self) -> None:
-        """Explain every open row that the codebook can."""
-        for code in sorted(self.codebook, reverse=True):
+    def explain_all(self) -> bool:
+        """Explain every row, adding as few codes as can be; False if a row resists, or it drags."""
+        while self.explain():
+            open_rows = np.flatnonzero(self.is_open)
+            if not len(open_rows):
+                return True
+            for which in open_rows[np.argsort(-self.rows.sizes[open_rows])][:_SAMPLE]:
+                options = _options(self.rows, which)
+                if not options:
+                    return False
+                codebook = min((o[0] for o in options), key=lambda o: len(o - self.codebook))
+                self.codebook |= codebook
+        return False
+
+    def explain(self) -> bool:
+        """Explain every open row that the codebook can; False if it takes too long."""
+        allowed = np.array(sorted(self.codebook, reverse=True))
+        for code in allowed:
             for nudge in _NUDGES:
                 if not self.is_open.any():
-                    return
+                    return True
                 part = self.rows.only(self.is_open)
+                self._work += len(part.row)
+                if self._work > _MOST_WORK:
+                    return False
                 scales, codes, exact = part.fit(code, nudge)
-                exact &= np.isin(codes, list(self.codebook))
+                exact &= np.isin(codes, allowed)
                 self._close(np.logical_and.reduceat(exact, part.start), scales, codes)
-
-    def extend(self) -> bool:
-        """Explain the rest by as few new codes as can be, row by row; False if one resists."""
-        while self.is_open.any():
-            first = np.zeros(len(self.is_open), bool)
-            first[np.argmax(self.is_open)] = True
-            allowed = _codebooks(self.rows.only(first))
-            if not allowed:
-                return False
-            self.codebook |= min(allowed, key=lambda codes: len(codes - self.codebook))
-            self.explain()
         return True
 
     def _close(self, good: npt.NDArray[np.bool_], scales: Bits, codes: Integers) -> None:
@@ -191,8 +206,9 @@ class _Found:
         entries = np.repeat(self.is_open, sizes)
         chosen = np.flatnonzero(entries)[np.repeat(good, sizes[self.is_open])]
         self.codes[chosen] = codes[np.repeat(good, sizes[self.is_open])]
-        self.scales[np.flatnonzero(self.is_open)[good]] = scales[good]
-        self.is_open[np.flatnonzero(self.is_open)[good]] = False
+        closed = np.flatnonzero(self.is_open)[good]
+        self.scales[closed] = scales[good]
+        self.is_open[closed] = False
 
 
 def _starts(row: Integers) -> Integers:

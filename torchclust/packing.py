@@ -136,10 +136,7 @@ def load_packed_file_(model: ModuleT, file: BinaryIO) -> ModuleT:
             prune.remove(*tensor.pruned)
     targets = model.state_dict(keep_vars=True)
     for record in records:
-        value = _decoded(record, file)
-        with torch.no_grad():
-            for name in record.header.names:
-                targets[name].copy_(value)
+        _fill(targets, record, file)
     return model
 
 
@@ -311,8 +308,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(map(repr, names[:3])) + more if names else "none"
 
 
-def _decoded(record: Record, file: BinaryIO) -> Tensor:
-    """The tensor of a record, on the CPU."""
+def _fill(targets: Mapping[str, Tensor], record: Record, file: BinaryIO) -> None:
+    """Give the tensors of a record its values; decoded on the CPU, and only here kept alive."""
     header = record.header
     dtype, layout = header.dtype, header.layout
     if header.coding is None:
@@ -321,7 +318,10 @@ def _decoded(record: Record, file: BinaryIO) -> Tensor:
         rows = np.empty((layout.n_rows, layout.n_columns), dtype.bits)
     for row, column, bits in record.blocks(file):
         rows[row, column] = bits
-    return layout.restore(rows, dtype)
+    value = layout.restore(rows, dtype)
+    with torch.no_grad():
+        for name in header.names:
+            targets[name].copy_(value)
 
 
 @contextlib.contextmanager
