@@ -16,6 +16,8 @@ from torchclust.seeding import INITS
 
 MAX_CLUSTERS = 65536
 
+_BLOCK = 1 << 16
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -157,13 +159,19 @@ def _sorted_pairs(values: Floats, weights: Floats) -> tuple[Floats, Floats]:
     The upper half orders like the value (a negative float's bits, but for the sign, are flipped),
     the lower half is the weight's bits.
     """
-    bits = values.view(np.int32)
-    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
-    key <<= 32
-    key |= weights.view(np.uint32)
+    key = np.empty(len(values), dtype=np.int64)
+    for start in range(0, len(values), _BLOCK):  # in blocks, so that temporaries stay small
+        part = slice(start, start + _BLOCK)
+        bits = values[part].view(np.int32)
+        np.left_shift((bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64), 32, out=key[part])
+        key[part] |= weights[part].view(np.uint32)
     key.sort()
-    weights = key.astype(np.uint32).view(np.float32)
-    key >>= 32
-    bits = key.astype(np.int32)
-    bits ^= (bits >> 31) & 0x7FFFFFFF
-    return bits.view(np.float32), weights
+    # Unpacked in place: a block of weights ends before the next block of keys begins.
+    sorted_bits, sorted_weights = np.empty(len(key), dtype=np.int32), key.view(np.uint32)
+    for start in range(0, len(key), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        block = key[part].copy()
+        sorted_weights[start : start + len(block)] = block & 0xFFFFFFFF
+        bits = (block >> 32).astype(np.int32)
+        sorted_bits[part] = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return sorted_bits.view(np.float32), sorted_weights[: len(key)].view(np.float32)

@@ -81,7 +81,8 @@ class Channels:
         sums = self._prefix[:, self._first, inner]
         last = np.broadcast_to(self._prefix[:, :, -1:], (*sums.shape[:-1], 1))
         mass, first = np.diff(sums, axis=-1, append=last)
-        square, product = mass @ known[1:] ** 2, first @ known[1:]
+        square = np.einsum("...c,c->...", mass, np.square(known[1:]))
+        product = np.einsum("...c,c->...", first, known[1:])
         error = (self._square - ratio * (2 * product - ratio * square)) * self.share
         better = np.divide(product, square, out=ratio.copy(), where=(product > 0) & (square > 0))
         return error, better

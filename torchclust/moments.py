@@ -102,17 +102,29 @@ class Moments:
         return np.stack([weight, weight * u, weight * u * u])
 
     def _sums_of_runs(self) -> Float64s:
-        """The terms, summed over every `_RUN` values."""
+        """The terms, summed over every `_RUN` values.
+
+        By einsum, which is no BLAS: threads started for a few microseconds' work wait for a core.
+        """
         rows = 2 if self.weights is None else 3
         sums = np.zeros((rows, -(-self.n // _RUN)))
-        ones = np.ones(_RUN)
         for start in range(0, self.n, _CHUNK):
-            terms = self._terms(slice(start, min(start + _CHUNK, self.n)))
-            whole = terms.shape[1] // _RUN
-            at = start // _RUN
-            sums[:, at : at + whole] = terms[:, : whole * _RUN].reshape(rows, whole, _RUN) @ ones
-            if whole * _RUN < terms.shape[1]:
-                sums[:, at + whole] = terms[:, whole * _RUN :].sum(axis=1)
+            part = slice(start, min(start + _CHUNK, self.n))
+            at, whole = start // _RUN, (part.stop - start) // _RUN
+            if whole * _RUN < part.stop - start:
+                sums[:, at + whole] = self._terms(part)[:, whole * _RUN :].sum(axis=1)
+            u = self._scaled(slice(start, start + whole * _RUN)).reshape(whole, _RUN)
+            u -= self.centre
+            into = sums[:, at : at + whole]
+            if self.weights is None:
+                np.einsum("ij->i", u, out=into[0])
+                np.einsum("ij,ij->i", u, u, out=into[1])
+            else:
+                weight = self._weight(slice(start, start + whole * _RUN)).reshape(whole, _RUN)
+                np.einsum("ij->i", weight, out=into[0])
+                weighted = weight * u
+                np.einsum("ij->i", weighted, out=into[1])
+                np.einsum("ij,ij->i", weighted, u, out=into[2])
         return sums
 
 
@@ -129,8 +141,11 @@ def sum_of_squares(
     for low, high, centroid in zip(bounds[:-1], bounds[1:], centroids, strict=True):
         for start in range(int(low), int(high), _CHUNK):
             part = slice(start, min(start + _CHUNK, int(high)))
-            u = values[part].astype(np.float64) * scale - centroid * scale
-            total += u @ (u if weights is None else u * (weights[part] * np.float64(weight_scale)))
+            u = values[part].astype(np.float64)
+            u *= scale
+            u -= centroid * scale
+            mass = u if weights is None else u * (weights[part] * np.float64(weight_scale))
+            total += np.einsum("i,i->", u, mass)  # no BLAS: see `_sums_of_runs`
     with np.errstate(over="ignore", under="ignore"):
         return float(total / weight_scale / scale / scale)
 

@@ -5,15 +5,15 @@ How good the result is:
 - Up to 4096 distinct values: the global optimum, as every boundary between distinct values is a
   candidate. Up to 256 distinct values costs come from a recurrence of positive terms, which cancels
   nothing whatever the values.
-- Beyond, up to 512 clusters: the global optimum over 2048 or more candidate boundaries (16 a
-  cluster at least, 128 for 16 clusters), then the optimum over windows around those boundaries on
+- Beyond, up to 512 clusters: the global optimum over 1024 or more candidate boundaries (96 a
+  cluster up to 42 clusters, 16 at least), then the optimum over windows around those boundaries on
   ever finer grids, down to single values. Moving the boundaries of the true optimum to candidates
   costs at most ``sum(gap * mass * spread)``: the distance of the two centroids, the weight and the
   mean deviation of the bin hit. That is ``3 (k / candidates)^2`` of the optimum where the density
-  varies little within a cluster (1.8e-4 for 16 clusters), and a third of it on average. So much
-  could be lost if a distant partition were almost as good as the one found; the descent to single
-  values wins the rest back. Measured against exact solutions the loss is usually 0 and at most
-  5e-5: benchmarks/fit.py.
+  varies little within a cluster (3e-4 for 16 clusters), and a third of it on average. So much could
+  be lost if a distant partition were almost as good as the one found; the descent to single values
+  wins the rest back. Measured against exact solutions the loss is usually 0, at most 2e-5 for 16
+  clusters and 4e-5 for 256: benchmarks/fit.py.
 - Beyond, over 512 clusters: evenly filled bins, then Lloyd's steps; a local optimum.
 """
 
@@ -27,7 +27,7 @@ from torchclust.moments import Float64s, Ints, Moments, distinct_starts
 from torchclust.seeding import lloyd, nearest_bounds
 
 _EXACT = 4096  # up to this many distinct values every boundary is a candidate
-_FEWEST = 2048  # candidate boundaries where there are more distinct values
+_FEWEST = 1024  # candidate boundaries where there are more distinct values
 _MANY = 512  # clusters beyond which candidates are not weighed but taken
 _TABLE = 256  # up to this many distinct values the costs of all runs are tabulated
 _HALF_WINDOW = 16  # candidates on either side of each boundary while refining
@@ -50,7 +50,7 @@ def optimal_bounds(moments: Moments, k: int, *, pinned: bool = False) -> Ints:
         return edges[_best_edges(moments, edges, k, pinned)]
     if k > _MANY:
         return _local_optimum(moments, k, pinned)
-    edges = _candidates(moments, max(_FEWEST, 16 * k, min(64 * k, 4096)))
+    edges = _candidates(moments, max(_FEWEST, 16 * k, min(96 * k, 4 * _FEWEST)))
     chosen = _best_edges(moments, edges, k, pinned)
     wide = edges[np.minimum(chosen + 4, len(edges) - 1)] - edges[np.maximum(chosen - 4, 0)]
     return _refine(moments, edges[chosen], wide, pinned)
@@ -68,14 +68,14 @@ def _candidates(moments: Moments, size: int) -> Ints:
     """`size` positions from 0 to n (fewer if values tie) whose bins have like sums of squares.
 
     That is how the optimal boundaries themselves lie (as dense as the density to the power 1/3),
-    so every cluster gets about as many bins as any other, in the bulk as in the tails. Half of the
-    positions still free are given out at a time, because a bin is only known to be uneven once cut.
+    so every cluster gets about as many bins as any other, in the bulk as in the tails. Not
+    all free positions are given out at once, because a bin is only known to be uneven once cut.
     """
     edges = np.unique(np.linspace(0, moments.n, max(size // 8, 2), dtype=np.int64))
     while (room := size - len(edges)) > 0:
         sums = moments.at(edges)
         share = np.cbrt(np.maximum(_cost(sums[:, :-1], sums[:, 1:]), 0.0))
-        granted = max(room // 2, min(room, size // 16))
+        granted = max(3 * room // 4, min(room, size // 16))
         pieces = (share * (granted / max(float(share.sum()), _LEAST))).astype(np.int64)
         pieces[np.argsort(-share)[: granted - int(pieces.sum())]] += 1
         finer = _split(moments, edges, pieces + 1)
