@@ -115,6 +115,17 @@ def test_compensation_equals_the_best_of_all_assignments() -> None:
     assert near >= 14  # a local search, but a good one
 
 
+@pytest.mark.parametrize("size", [1e-15, 1e-6, 1e6, 1e15])
+def test_any_magnitude_of_activations_gives_the_same_weights(size: float) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(12, 10), correlated((12,))
+    found = [
+        torchclust.cluster_(copy.deepcopy(layer), 5, inputs=x * factor).weight
+        for factor in (1.0, size)
+    ]
+    assert (found[0] - found[1]).square().sum() < 0.01 * found[0].square().sum()
+
+
 class Net(nn.Module):
     """Convolutions with BatchNorm, a residual, a depthwise convolution, two inputs."""
 

@@ -63,11 +63,15 @@ class InputMoments:
             xz = xz - self.x[:, :, None] * self.z[:, None]
         size = _mean_diagonal(zz) + _ROUNDING * _mean_diagonal(self.zz)
         size = torch.where(size > 0, size, 1)  # inputs that are all zero tell nothing
-        damping = _DAMPING * size[:, None, None] * torch.eye(zz.shape[1], device=zz.device)
-        pull = rows @ (xz + damping)
+        unit = size[:, None, None]  # float32 cannot hold the square of every activation
+        damping = _DAMPING * torch.eye(zz.shape[1], dtype=zz.dtype, device=zz.device)
+        pull = rows @ (xz / unit + damping)
+        weights = (size / size.mean()).repeat_interleave(len(weight) // groups).float()
         return [
             Target(h.float(), p.mT.float().contiguous(), w)
-            for h, p, w in zip(zz + damping, pull, row_weight.chunk(groups), strict=True)
+            for h, p, w in zip(
+                zz / unit + damping, pull, (row_weight * weights).chunk(groups), strict=True
+            )
         ]
 
     def shift(self, clustered: Tensor, weight: Tensor) -> Tensor:
