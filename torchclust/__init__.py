@@ -16,6 +16,9 @@ from torchclust.model import (
     restore_,
     strip_,
 )
+from torchclust.packed_sections import PackedFileError
+from torchclust.packed_size import PackedSize
+from torchclust.packing import load_packed_, save_packed
 from torchclust.report import Summary, summary
 from torchclust.sensitivity import fisher_information
 
@@ -25,15 +28,19 @@ __all__ = [
     "ClusterConfig",
     "Clustering",
     "Codebook",
+    "PackedFileError",
+    "PackedSize",
     "Summary",
     "cluster_",
     "distill_",
     "fisher_information",
     "fit_codebook",
     "is_clustered",
+    "load_packed_",
     "named_clusterings",
     "refit_",
     "restore_",
+    "save_packed",
     "strip_",
     "summary",
 ]
