@@ -1,4 +1,5 @@
 # Two commands for a fresh clone: `make demo` and `make test`. Both make .venv first.
+# Tests run in two processes of one thread each, a file at a time, so that fixtures are shared.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -11,7 +12,7 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 install: .venv/installed
 
