@@ -119,7 +119,7 @@ class _Tensors:
             self._same(call, source, rounded=False)
         elif source is not None and self._is_fused(call, source, ("factors", "activation")):
             source.stored = False
-            self._new(call, takes="factors" if _limits(call) is None else "")
+            self._new(call, takes="factors" if call.operator in _ARITHMETIC else "")
         else:
             takes = "activation" if call.operator in _ARITHMETIC else ""
             self._new(call, takes="factors" if call.operator in _CONVOLUTIONS else takes)
@@ -144,7 +144,9 @@ class _Tensors:
             return False
         if _limits(call) is not None:
             return _limits(call) in _FUSED_LIMITS
-        return source.takes == "factors" and call.operator in _ARITHMETIC and _per_channel(call)
+        constant = call.operator in _ARITHMETIC and _per_channel(call)
+        # relu6(x + 3) / 6: the addition and the clipping go into the convolution.
+        return source.takes == "factors" and (constant or call.operator == "hardsigmoid")
 
     def _new(
         self, call: Call, *, takes: str = "", fixed: tuple[float, float] | None = None

@@ -1,0 +1,186 @@
+"""Learned ranges in the file, and the file's answers against the model that rounds in training."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import torch.nn.functional as F
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from export_networks import CASES, Case, randomize_norms
+from export_networks import resnet as small_resnet
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from torchclust import cluster_, strip_
+from torchclust.activations import activation_ranges, quantize_activations_
+from torchclust.export import TFLiteExport, to_tflite
+
+Array = npt.NDArray[Any]
+
+
+class Mixed(nn.Module):
+    """Residual sum, concatenation, SiLU, hard-swish, gates, pools and a softmax, as functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+        self.c = nn.Conv2d(24, 8, 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.a(x))
+        y = self.relu(self.norm(self.b(x)) + x)
+        z = F.silu(self.c(torch.cat([x, y, F.max_pool2d(y, 3, 1, 1)], 1)))
+        z = F.hardswish(F.avg_pool2d(z, 2))
+        z = z * torch.sigmoid(F.adaptive_avg_pool2d(z, 1))
+        return F.softmax(self.head(F.adaptive_avg_pool2d(z, 1).flatten(1)), 1)
+
+
+NETWORKS = {
+    "mixed": Case(Mixed),
+    "resnet": Case(small_resnet),
+    **{name: CASES[name] for name in ("squeeze_excite", "encoder_decoder", "two_in_two_out")},
+}
+# What the converter computes in steps that torch does not have: half of hard-sigmoid.
+IN_STEPS = {"squeeze_excite": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    model: nn.Module
+    inputs: list[tuple[Tensor, ...]]
+    result: TFLiteExport
+
+    def in_file(self) -> Interpreter:
+        return Interpreter(
+            str(self.result.path), experimental_op_resolver_type=OpResolverType.BUILTIN_REF
+        )
+
+
+def trained(case: Case) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
+    """A model whose ranges have moved away from the data that it is calibrated on."""
+    torch.manual_seed(0)
+    model = cluster_(randomize_norms(case.build(), tiny=False), 16, codebook_dtype="int8")
+    inputs = [case.inputs(seed) for seed in range(24)]
+    batch = tuple(torch.cat(parts) for parts in zip(*inputs, strict=True))
+    quantize_activations_(model, batch).train()
+    for _ in range(20):
+        model(*(1.25 * x for x in batch))
+    return model.eval(), inputs
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    model, inputs = trained(NETWORKS[request.param])
+    path = tmp_path_factory.mktemp("learned") / f"{request.param}.tflite"
+    return Exported(model, inputs, to_tflite(model, inputs[0], path, calibration=inputs))
+
+
+def channels_last(x: Array, shape: tuple[int, ...]) -> Array:
+    return x if x.shape == tuple(shape) else np.moveaxis(x, 1, -1)
+
+
+def test_the_file_answers_as_the_model_that_rounds(exported: Exported) -> None:
+    runtime = exported.in_file()
+    runtime.allocate_tensors()
+    steps: list[Array] = []
+    for sample in exported.inputs:
+        for detail, x in zip(runtime.get_input_details(), sample, strict=True):
+            scale, zero_point = detail["quantization"]
+            codes = np.rint(channels_last(x.numpy(), detail["shape"]) / scale) + zero_point
+            runtime.set_tensor(detail["index"], codes.clip(-128, 127).astype(np.int8))
+        runtime.invoke()
+        with torch.no_grad():
+            outputs = tree_leaves(exported.model(*sample))
+        for detail, y in zip(runtime.get_output_details(), outputs, strict=True):
+            scale, zero_point = detail["quantization"]
+            codes = np.rint(channels_last(y.numpy(), detail["shape"]) / scale) + zero_point
+            difference = codes - runtime.get_tensor(detail["index"])
+            steps.append(np.abs(difference).reshape(-1))
+    found = np.concatenate(steps)
+    assert (found <= 1).mean() >= 0.98
+    assert found.max() <= 3
+
+
+def test_every_scale_in_the_file_is_a_learned_one(
+    exported: Exported, request: pytest.FixtureRequest
+) -> None:
+    name = request.node.callspec.params["exported"]
+    learned = {
+        (np.float32(high) - np.float32(low)) / np.float32(255)
+        for low, high in activation_ranges(exported.model).values()
+    } | {np.float32(1 / 256)}
+    runtime = exported.in_file()
+    scales = {
+        float(detail["quantization"][0])
+        for detail in runtime.get_tensor_details()
+        if detail["dtype"] is np.int8
+        and len(detail["quantization_parameters"]["scales"]) == 1
+        and detail["shape"].prod() > 1  # not a constant factor
+    }
+    known = np.array(sorted(learned), np.float64)
+    others = [s for s in scales if np.abs(known / s - 1).min() > 1e-5]
+    assert exported.result.calibrated is not None
+    assert len(others) <= len(exported.result.calibrated) == IN_STEPS.get(name, 0)
+    assert len(scales) - len(others) >= len({*activation_ranges(exported.model).values()}) - 2
+
+
+def test_ranges_without_a_model_that_learned_them_come_from_calibration(tmp_path: Path) -> None:
+    model, inputs = trained(CASES["flattened"])
+    learned = to_tflite(model, inputs[0], tmp_path / "learned.tflite", calibration=inputs)
+    plain = strip_(copy.deepcopy(model))
+    observed = to_tflite(plain, inputs[0], tmp_path / "observed.tflite", calibration=inputs)
+    peak = max(float(x.abs().max()) for (x,) in inputs)
+    low, high = activation_ranges(model)[":input"]
+    assert observed.calibrated is None
+    assert learned.calibrated == ()
+    assert observed.inputs[0].scale == pytest.approx(2 * peak / 255, rel=0.2)
+    assert learned.inputs[0].scale == pytest.approx((high - low) / 255, rel=1e-6)
+    assert learned.inputs[0].scale > 1.1 * float(observed.inputs[0].scale or 0)
+    floats = to_tflite(model, inputs[0], tmp_path / "f.tflite", calibration=None, float=True)
+    assert floats.calibrated is None
+
+
+def test_steps_that_torch_does_not_have_are_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+    randomize_norms(model, tiny=False)
+    inputs = [torch.randn(1, 3, 8, 8) for _ in range(4)]
+    quantize_activations_(model, torch.cat(inputs))
+    result = to_tflite(model, inputs[0], tmp_path / "m.tflite", calibration=inputs)
+    assert result.calibrated
+    assert all("BatchNorm2d" in name for name in result.calibrated)
+
+
+class Whole(nn.Module):
+    """Two networks, quantized apart as a training step would, exported as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        self.decoder = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.decoder(self.encoder(x))
+        return y
+
+
+def test_networks_quantized_apart_are_exported_as_one(tmp_path: Path) -> None:
+    model = Whole()
+    x = torch.randn(16, 3, 8, 8)
+    quantize_activations_(model.encoder, 2 * x)
+    quantize_activations_(model.decoder, model.encoder(2 * x).detach())
+    result = to_tflite(model, x, tmp_path / "m.tflite", calibration=[x])
+    assert result.calibrated == ()
+    low, high = activation_ranges(model)["decoder.2:conv2d"]
+    assert result.outputs[0].scale == pytest.approx((high - low) / 255, rel=1e-6)
