@@ -1,6 +1,6 @@
 """What clustering costs without training: nothing, importance, data-aware, distilled, fine-tuned.
 
-    python benchmarks/post_training.py                      # three seeds, about an hour on 2 cores
+    python benchmarks/post_training.py                      # three seeds
     python benchmarks/post_training.py --seeds 1 --clusters 16 --methods nothing data_aware
     python benchmarks/post_training.py --scale              # time and memory at 224 x 224
 
