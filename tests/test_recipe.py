@@ -24,7 +24,7 @@ from torchclust.recipe import (
 from torchclust.stages import Stages, train_networks
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-SHIPPED = {"mnist_cnn", "fashion_cnn"}
+SHIPPED = {"mnist_cnn", "fashion_cnn", "lenet_300_100", "lenet_5", "arm_mlp"}
 BASE = """
 name: test
 data: {name: mnist5k, batch_size: 32}
