@@ -118,6 +118,15 @@ def test_minmax_and_percentile(scale: float, order: int) -> None:
     np.testing.assert_allclose(histogram.range("percentile"), expected, atol=2 * width)
 
 
+def test_a_histogram_that_grew_equals_one_made_at_once() -> None:
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(size=5_000).astype(np.float32) * s for s in (0.01, 0.7, 40)]
+    grown = filled(*parts)
+    edges = np.linspace(-grown.limit, grown.limit, len(grown.counts) + 1)
+    at_once, _ = np.histogram(np.concatenate(parts), edges)
+    np.testing.assert_array_equal(grown.counts, at_once)
+
+
 def quantization_error(values: np.ndarray[Any, Any], low: float, high: float) -> float:
     low, high = min(low, 0.0), max(high, 0.0)
     step = (high - low) / 255
