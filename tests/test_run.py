@@ -96,6 +96,7 @@ def test_without_labels_none_is_read(tmp_path: Path, monkeypatch, quantize: bool
     """Labels that are shuffled after training change the accuracies but no parameter."""
     content = {**SMALL, "finetune": {"labels": False, "quantize_activations": quantize}}
     content["cluster"] = {"n_clusters": 4, "assignment": "nearest"}
+    monkeypatch.setattr(stages, "STEPS_PER_EPOCH", 40)
     prepared = prepare(parse_recipe(content))
     networks = train_networks(prepared, Stages(tmp_path, progress=False))
     for name, value in networks.control.state_dict().items():

@@ -27,7 +27,6 @@ from torchclust.config import (
     Init,
 )
 
-CALIBRATION_SAMPLES = 200
 AnyPath = Annotated[Path, Field(strict=False)]
 
 
@@ -134,7 +133,12 @@ class ClusterSection(Section):
 
 
 class FinetuneSection(Section):
-    """Training of the clustered model, at a lower learning rate; the control trains as long."""
+    """Training of the clustered model, at a lower learning rate; the control trains as long.
+
+    With ``labels: false`` only 512 unlabelled images are there: the model is clustered for the
+    outputs that they give, and `torchclust.distill_` brings these back to the unclustered model's,
+    150 steps a block for each of `epochs`. The control is then the trained model itself.
+    """
 
     epochs: int = Field(1, ge=0, description="passes over the training set")
     lr_scale: float = Field(0.1, gt=0, description="times train.lr (1e-3 where that is absent)")
@@ -145,9 +149,7 @@ class FinetuneSection(Section):
 class ExportSection(Section):
     """int8 TFLite files, clustered and not, and float ones."""
 
-    calibration_samples: int = Field(
-        CALIBRATION_SAMPLES, ge=1, description="training images that set the ranges"
-    )
+    calibration_samples: int = Field(200, ge=1, description="training images that set the ranges")
 
 
 class VelaSection(Section):
@@ -192,13 +194,6 @@ class Recipe(Section):
                 "prune needs cluster.preserve_sparsity: true, or clustering undoes its zeros"
             )
         return self
-
-    @property
-    def unlabelled_samples(self) -> int:
-        """How many images stand in for the training set; 0 where fine-tuning has labels."""
-        if self.finetune is None or self.finetune.labels:
-            return 0
-        return self.export.calibration_samples if self.export else CALIBRATION_SAMPLES
 
     @property
     def lr(self) -> float:

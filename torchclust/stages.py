@@ -163,16 +163,18 @@ class _Training:
         return self._stage("control", {"plan": plan}, lambda: self._fit(trained, plan))
 
     def cluster(self, start: nn.Module) -> tuple[nn.Module, float]:
-        inputs = self._unlabelled()
-        depends = {**self._sections("prune", "cluster"), "inputs": self.recipe.unlabelled_samples}
-        return self._stage("cluster", depends, lambda: clustered_copy(self.recipe, start, inputs))
+        images = self._unlabelled()
+        depends = self._sections("prune", "cluster")
+        if images is not None:
+            depends["inputs"] = len(images)
+        return self._stage("cluster", depends, lambda: clustered_copy(self.recipe, start, images))
 
     def finetune(self, clustered: nn.Module, teacher: nn.Module) -> tuple[nn.Module, float]:
+        images = self._unlabelled()
         depends = self._sections("prune", "cluster", "finetune")
-        if self.recipe.unlabelled_samples:
-            depends["inputs"] = self.recipe.unlabelled_samples
-            return self._stage("distill", depends, lambda: self._distilled(clustered, teacher))
-        return self._stage("finetune", depends, lambda: self._finetuned(clustered))
+        if images is None:
+            return self._stage("finetune", depends, lambda: self._finetuned(clustered))
+        return self._stage("distill", depends, lambda: self._distilled(clustered, teacher, images))
 
     def _finetuned(self, clustered: nn.Module) -> nn.Module:
         section = self.recipe.finetune
@@ -185,27 +187,27 @@ class _Training:
         )
         return self._fit(clustered, [(section.epochs, self.recipe.lr)], [callback])
 
-    def _distilled(self, clustered: nn.Module, teacher: nn.Module) -> nn.Module:
-        section, images = self.recipe.finetune, self._unlabelled()
+    def _distilled(self, clustered: nn.Module, teacher: nn.Module, images: Tensor) -> nn.Module:
+        section = self.recipe.finetune
         assert section is not None
-        assert images is not None
         model = copy.deepcopy(clustered)
         if section.quantize_activations:
-            quantize_activations_(model, images[:32])
+            quantize_activations_(model, images[:EVALUATION_BATCH])
         return torchclust.distill_(
             model,
             teacher,
-            images.split(32),
-            steps=400 * section.epochs,
-            lr=1e-2 * section.lr_scale,
+            images,
+            steps=STEPS_PER_EPOCH * section.epochs,
             progress=self.stages.progress,
             seed=self.recipe.seed,
         )
 
     def _unlabelled(self) -> Tensor | None:
-        """Return the images that fine-tuning without labels may see, None where it has labels."""
-        count = self.recipe.unlabelled_samples
-        return samples(self.data.train, count, seed=self.recipe.seed) if count else None
+        """Return the images of a recipe that does without labels, (512, C, H, W), else None."""
+        section = self.recipe.finetune
+        if section is None or section.labels:
+            return None
+        return samples(self.data.train, UNLABELLED, seed=self.recipe.seed)
 
     def prune(self, trained: nn.Module) -> tuple[nn.Module, float]:
         section = self.recipe.prune
