@@ -126,6 +126,15 @@ def test_codes_and_scales_are_recovered(
         assert len(np.unique(np.abs(code))) <= len(np.unique(np.abs(chosen)))
 
 
+def test_rows_with_few_values_keep_to_the_codebook() -> None:
+    """3 and 50 alone could be 6 and 100 as well, which would be one code more."""
+    codes = torch.tensor([[3.0, 50.0, 100.0], [3.0, 50.0, 0.0], [50.0, -50.0, 0.0]])
+    weight = codes * torch.tensor([[0.013], [0.0071], [0.0177]])
+    found = recover_scales(*tallied(weight), DTYPES[0], 3)
+    assert found is not None
+    assert set(np.abs(found[1]).tolist()) == {0, 3, 50, 100}
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.name)
 def test_what_has_no_codes_is_told_so(dtype: Dtype) -> None:
     torch.manual_seed(0)

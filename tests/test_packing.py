@@ -136,6 +136,15 @@ def test_size_against_entropy(sharing: str, pruned: float, k: int, tmp_path: Pat
     assert stripped.bytes <= 1.01 * clustered.bytes
 
 
+def test_a_clustered_model_and_the_same_stripped_give_the_same_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 20), nn.LSTM(20, 8, 2), nn.MultiheadAttention(8, 2))
+    cluster_(model, {"*": 8})
+    save_packed(model, tmp_path / "clustered")
+    save_packed(strip_(model), tmp_path / "stripped")
+    assert (tmp_path / "clustered").read_bytes() == (tmp_path / "stripped").read_bytes()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("k", [3, 7, 31, 255])
 def test_integer_codes_are_recovered(dtype: torch.dtype, k: int, tmp_path: Path) -> None:
@@ -312,7 +321,7 @@ def test_a_damaged_file_leaves_the_model_alone(assignment: str, tmp_path: Path) 
     before, parameters = state(model), list(map(id, model.parameters()))
     with pytest.raises(
         PackedFileError,
-        match=r"model.packed': the data of '1.bias' does not match its checksum. Copy it anew",
+        match=r"model.packed': the data of '1.weight' does not match its checksum. Copy it anew",
     ):
         load_packed_(model, file)
     assert state(model) == before

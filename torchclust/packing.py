@@ -69,8 +69,9 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> PackedSize:
         >>> from torchclust import cluster_
         >>> model = cluster_(torch.nn.Linear(256, 256), 16)
         >>> size = save_packed(model, tempfile.mkdtemp() + "/model.packed")
-        >>> size.rows[0].kind, size.rows[0].n_clusters, size.bytes < 256 * 256 * 4 / 7
-        ('codebook', 16, True)
+        >>> weight = size.rows[1]
+        >>> weight.name, weight.kind, weight.n_clusters, size.bytes < 256 * 256 * 4 / 7
+        ('weight', 'codebook', 16, True)
     """
     constriction()
     tensors = _tensors_of(model)
@@ -192,17 +193,22 @@ class _Tensor:
 
 
 def _tensors_of(model: nn.Module) -> list[_Tensor]:
-    """Every tensor of the stripped model's state dict, in its order; tied ones once."""
+    """Every tensor of the stripped model's state dict, by module and name; tied ones once.
+
+    A clustered tensor comes late in its state dict. In this order, files of the clustered and of
+    the stripped model are the same.
+    """
     state = model.state_dict(keep_vars=True)
     modules = dict(model.named_modules(remove_duplicate=False))
+    place = {path: number for number, path in enumerate(modules)}
+    each = [tensor for key in state if (tensor := _tensor_of(modules, key, state)) is not None]
+    each.sort(key=lambda t: (place.get(t.names[0].rpartition(".")[0], -1), t.names[0]))
     found: dict[int, _Tensor] = {}
-    for key in state:
-        tensor = _tensor_of(modules, key, state)
-        if tensor is not None:
-            first = found.setdefault(id(tensor.stored), tensor)
-            if first is not tensor:
-                tied = dataclasses.replace(first, names=first.names + tensor.names)
-                found[id(tensor.stored)] = tied
+    for tensor in each:
+        first = found.setdefault(id(tensor.stored), tensor)
+        if first is not tensor:
+            tied = dataclasses.replace(first, names=first.names + tensor.names)
+            found[id(tensor.stored)] = tied
     return list(found.values())
 
 
