@@ -55,7 +55,8 @@ def counts(model: nn.Module, layer: Layer, like: nn.Module) -> list[int]:
 
 
 def step(model: nn.Module, layer: Layer, dtype: torch.dtype, steps: int) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=0.01)
+    rate = 0.5 if dtype == torch.bfloat16 else 0.05  # a smaller step can round to none at all
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=0.01)
     for _ in range(steps):
         optimizer.zero_grad()
         layer.call(model, dtype).square().sum().backward()

@@ -254,6 +254,9 @@ def test_ctrl_c_inside_lightning_is_a_keyboard_interrupt() -> None:
         def on_train_batch_start(self, *_) -> None:
             signal.raise_signal(signal.SIGINT)
 
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored, if started in the background
     before = signal.getsignal(signal.SIGINT)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
     batches = DataLoader(TensorDataset(torch.randn(2, 1, 2, 2), torch.arange(2)))
