@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torchclust import cluster_, is_clustered, named_clusterings, restore_, strip_
+from torchclust.activation_record import _LOCAL
 from torchclust.activations import (
     FirstCalls,
     activation_ranges,
@@ -224,7 +225,7 @@ def reference(x: Tensor, low: float, high: float) -> tuple[Tensor, float]:
     return torch.tensor((codes - zero_point) * scale), float(scale)
 
 
-@pytest.mark.parametrize("low", [-1.7, 0.0])
+@pytest.mark.parametrize("low", [-1.71, -1.7, 0.0])  # zero points rounded up, down, not
 def test_values_and_gradients_of_rounding(low: float) -> None:
     net = nn.Sequential(nn.Identity(), nn.LogSoftmax(1))
     quantize_activations_(net, torch.tensor([[low, 2.3]]))
@@ -461,6 +462,7 @@ def test_a_forward_that_fails_leaves_no_mode_behind(error: type[BaseException]) 
         model(images(0))
     handle.remove()
     assert torch.overrides._get_current_function_mode_stack() == []
+    assert _LOCAL.running == []
     fresh = mixed()
     with torch.no_grad():
         assert torch.equal(model.eval()(images(3)), fresh.eval()(images(3)))
