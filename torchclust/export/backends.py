@@ -66,6 +66,11 @@ def schema() -> Any:
     return _load("ai_edge_litert.schema_py_generated")
 
 
+def flatbuffers() -> Any:
+    """The flatbuffers package, which the schema is written against."""
+    return _load("flatbuffers")
+
+
 def _load(name: str) -> ModuleType:
     found = sys.modules.get(name)
     if found is not None:

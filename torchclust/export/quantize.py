@@ -11,6 +11,7 @@ from torchclust.export.backends import ExportError
 from torchclust.export.calibration import Range
 from torchclust.export.clustered import Placed
 from torchclust.export.codes import LARGEST
+from torchclust.export.container import inline_buffers
 from torchclust.export.graph import Array, Graph, Operator
 
 # Biases are int32 in units of input scale x weight scale, and the accumulator shares the range.
@@ -58,7 +59,7 @@ def quantize(
         raise ExportError(
             f"the quantizer cannot quantize this model: {backends.first_line(error)}"
         ) from error
-    return bytes(result.quantized_model)
+    return inline_buffers(bytes(result.quantized_model))
 
 
 def _set_weights(

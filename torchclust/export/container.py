@@ -1,0 +1,52 @@
+"""The file's own form: every weight inside the flatbuffer, where microcontrollers look for it.
+
+ai-edge-quantizer 0.10 puts buffers of 1 KiB and more behind the flatbuffer and leaves only their
+offsets in it, a form meant for models over 2 GiB. LiteRT and Vela read it; tflite-micro takes such
+a weight for an empty tensor and computes with what happens to lie in its arena, without an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from torchclust.export import backends
+
+_ALIGNMENT = 16  # bytes, as the schema demands of tensor data ("force_align")
+
+
+def inline_buffers(content: bytes) -> bytes:
+    """The same model with all its buffers inside the flatbuffer, each aligned to 16 bytes."""
+    schema = backends.schema()
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    model.buffers = [_Aligned(schema, _data(buffer, content)) for buffer in model.buffers]
+    builder = backends.flatbuffers().Builder(len(content) + 4096)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def _data(buffer: Any, content: bytes) -> bytes:
+    if buffer.offset > 1:  # 0 and 1 mean that the data is inside, or that there is none
+        return content[buffer.offset : buffer.offset + buffer.size]
+    return b"" if buffer.data is None else bytes(np.asarray(buffer.data, np.uint8))
+
+
+class _Aligned:
+    """A buffer as `ModelT.Pack` wants it; the generated class does not align its data."""
+
+    def __init__(self, schema: Any, data: bytes) -> None:
+        self.schema, self.data = schema, data
+
+    def Pack(self, builder: Any) -> int:
+        """Write data and table; the offset of the table."""
+        if self.data:
+            builder.StartVector(1, len(self.data), _ALIGNMENT)
+            builder.head -= len(self.data)
+            builder.Bytes[builder.head : builder.head + len(self.data)] = self.data
+            vector = builder.EndVector()
+        self.schema.BufferStart(builder)
+        if self.data:
+            self.schema.BufferAddData(builder, vector)
+        offset: int = self.schema.BufferEnd(builder)
+        return offset
