@@ -201,13 +201,14 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte", np.arange(count) % 10)
     text = RECIPE.replace("mnist5k", "fashion_mnist").replace("batch_size: 8", "batch_size: 2")
     (tmp_path / "r.yaml").write_text(text)
-    words = [sys.executable, "-c", "from torchclust.cli import main; raise SystemExit(main())"]
+    # a suite that runs in the background ignores SIGINT, and so would its children
+    main = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    main += "from torchclust.cli import main; raise SystemExit(main())"
+    words = [sys.executable, "-c", main]
     words += ["run", "r.yaml", "--set", f"data.root={tmp_path}", "--set", "finetune.epochs=500"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    # a suite that runs in the background ignores SIGINT, and so would its children
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True, env=environment,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                           ) as process:  # fmt: skip
         for line in process.stdout:
             if line.startswith("control ..."):
