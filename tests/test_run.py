@@ -189,6 +189,15 @@ def test_resuming_another_recipe_reuses_what_it_shares(tmp_path: Path) -> None:
     assert said == ["train ...", "control ...", "cluster ...", "finetune ..."]
 
 
+def test_resuming_after_the_network_changed_trains_the_new_one(tmp_path: Path, monkeypatch) -> None:
+    """The recipe still says `arm_mlp`, but that is another network now."""
+    run_recipe(parse_recipe(SMALL), tmp_path, progress=False)
+    monkeypatch.setitem(preparing.MODELS, "arm_mlp", preparing.MODELS["lenet_300_100"])
+    said = []
+    run_recipe(parse_recipe(SMALL), tmp_path, resume=True, say=said.append, progress=False)
+    assert said == ["train ...", "control ...", "cluster ...", "finetune ..."]
+
+
 def test_a_run_repeats_from_its_report(tmp_path: Path) -> None:
     first = run_recipe(parse_recipe(SMALL), tmp_path / "a", progress=False)
     again = load_recipe(tmp_path / "a" / "report.json")

@@ -44,7 +44,7 @@ def export_files(prepared: Prepared, networks: Networks, output: Path, stages: S
 
     return stages.result(
         "export",
-        [origin(recipe), recipe.to_dict()],
+        [origin(prepared), recipe.to_dict()],
         compute,
         is_whole=lambda found: all((output / name).is_file() for name in found if "." in name),
     )
@@ -68,7 +68,7 @@ def compile_files(prepared: Prepared, output: Path, stages: Stages) -> Result:
 
     return stages.result(
         "vela",
-        [origin(recipe), recipe.to_dict()],
+        [origin(prepared), recipe.to_dict()],
         compute,
         is_whole=lambda found: all(
             (output / VELA_FOLDER / f"{Path(name).stem}_vela.tflite").is_file()

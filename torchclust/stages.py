@@ -33,7 +33,6 @@ from torchclust.activations import quantize_activations_
 from torchclust.data import loader, samples
 from torchclust.lightning import WeightClustering
 from torchclust.prepare import Prepared, clustered_copy
-from torchclust.recipe import Recipe
 from torchclust.training import GradualPruning, accuracy, fit
 
 Result = dict[str, Any]
@@ -148,7 +147,7 @@ class _Training:
     def __init__(self, prepared: Prepared, stages: Stages) -> None:
         self.recipe, self.data, self.start = prepared.recipe, prepared.data, prepared.model
         self.stages = stages
-        self.origin = origin(self.recipe)
+        self.origin = origin(prepared)
 
     def train(self) -> tuple[nn.Module, float]:
         section = self.recipe.train
@@ -264,10 +263,17 @@ class _Training:
         return model, result["accuracy"]
 
 
-def origin(recipe: Recipe) -> dict[str, Any]:
-    """Return what every stage depends on: seed, data, model, its checkpoint's content, training."""
+def origin(prepared: Prepared) -> dict[str, Any]:
+    """Return what every stage depends on: seed, data, training, and the model as it is built.
+
+    The model by its printed form and its tensors: a user's own network changes while its name in
+    the recipe stays, and a result of the old one must not be taken for the new one's.
+    """
+    recipe, model = prepared.recipe, prepared.model
     dumped = recipe.to_dict()
     found = {key: dumped.get(key) for key in ("seed", "data", "model", "train")}
+    found["layers"] = repr(model)
+    found["tensors"] = {name: list(value.shape) for name, value in model.state_dict().items()}
     if recipe.model.checkpoint is not None:
         found["checkpoint"] = hashlib.sha256(recipe.model.checkpoint.read_bytes()).hexdigest()
     return found
