@@ -116,7 +116,7 @@ halves = st.floats(width=16, allow_nan=False, allow_infinity=False)
 def test_optimal_is_the_least_error_of_all_partitions(
     values: list[float], k: int, exponent: int, data: st.DataObject
 ) -> None:
-    weight = st.sampled_from([0.0, 1e-30, 0.5, 1.0, 3.0, 1e30])
+    weight = st.sampled_from([0.0, 1e-300, 1e-30, 0.5, 1.0, 3.0, 1e30, 1e300])
     weights = data.draw(st.lists(weight, min_size=len(values), max_size=len(values)))
     scaled = np.ldexp(np.array(values), exponent)
     book = fit_codebook(scaled, k, importance=np.array(weights))

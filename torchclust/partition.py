@@ -5,12 +5,12 @@ How good the result is:
 - Up to 4096 distinct values: the global optimum, as every boundary between distinct values is a
   candidate. Up to 256 distinct values costs come from a recurrence of positive terms, which cancels
   nothing whatever the values.
-- Beyond, up to 512 clusters: the global optimum over 1024 or more candidate boundaries (96 a
-  cluster up to 42 clusters, 16 at least), then the optimum over windows around those boundaries on
+- Beyond, up to 512 clusters: the global optimum over 1024 or more candidate boundaries (64 a
+  cluster up to 64 clusters, 16 at least), then the optimum over windows around those boundaries on
   ever finer grids, down to single values. Moving the boundaries of the true optimum to candidates
   costs at most ``sum(gap * mass * spread)``: the distance of the two centroids, the weight and the
   mean deviation of the bin hit. That is ``3 (k / candidates)^2`` of the optimum where the density
-  varies little within a cluster (3e-4 for 16 clusters), and a third of it on average. So much could
+  varies little within a cluster (7e-4 for 16 clusters), and a third of it on average. So much could
   be lost if a distant partition were almost as good as the one found; the descent to single values
   wins the rest back. Measured against exact solutions the loss is usually 0, at most 2e-5 for 16
   clusters and 4e-5 for 256: benchmarks/fit.py.
@@ -50,7 +50,7 @@ def optimal_bounds(moments: Moments, k: int, *, pinned: bool = False) -> Ints:
         return edges[_best_edges(moments, edges, k, pinned)]
     if k > _MANY:
         return _local_optimum(moments, k, pinned)
-    edges = _candidates(moments, max(_FEWEST, 16 * k, min(96 * k, 4 * _FEWEST)))
+    edges = _candidates(moments, max(_FEWEST, 16 * k, min(64 * k, 4 * _FEWEST)))
     chosen = _best_edges(moments, edges, k, pinned)
     wide = edges[np.minimum(chosen + 4, len(edges) - 1)] - edges[np.maximum(chosen - 4, 0)]
     return _refine(moments, edges[chosen], wide, pinned)
@@ -163,10 +163,11 @@ def _divide_and_conquer(first: Float64s, sums: Float64s, k: int) -> Ints:
     heavy[-1] = len(grown) - 1
     total, sums, cuts = first[heavy], sums[:, heavy], []
     rounds = list(_rounds(len(heavy) - 1))
-    for _ in range(k - 1):
+    for _ in range(k - 2):
         total, cut = _append_run(total, sums, rounds)
         cuts.append(cut)
-    path = [len(heavy) - 1]
+    last = int((total + _cost(sums, sums[:, -1:])).argmin())  # its run ends at the end alone
+    path = [len(heavy) - 1, last]
     for cut in reversed(cuts):
         path.append(int(cut[path[-1]]))
     return np.concatenate([[0], heavy[path[::-1]]])
