@@ -5,7 +5,8 @@
 The 138M weights are Gaussian, pruned and clustered as Deep Compression's Table 5 says (7.5 % left;
 8 bits in convolutions, 5 in fully connected layers; it packs the real ones into 11.3 MB, 49x).
 Printed are medians over the repetitions, the file beside its entropy, and the peak of resident
-memory above what the model holds, in units of the largest tensor.
+memory above what the model holds (Linux), in units of the largest tensor. On a machine that does
+other things meanwhile, processor time is the figure to look at.
 """
 
 from __future__ import annotations
@@ -54,14 +55,16 @@ def prune_(model: nn.Module) -> None:
             weight.masked_fill_(weight.abs() < quantile, 0)
 
 
-def peak_above(act: Callable[[], object]) -> tuple[float, float]:
-    """Seconds, and bytes of resident memory at the peak above those before; 0 bytes off Linux."""
+def peak_above(act: Callable[[], object]) -> tuple[float, float, float]:
+    """Seconds, seconds of processor time, and bytes of resident memory at the peak above before."""
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if clear.exists():
         clear.write_text("5")  # the peak starts anew from the present size
-    before, start = _resident(status, "VmRSS"), time.perf_counter()
+    before = _resident(status, "VmRSS")
+    start, start_cpu = time.perf_counter(), time.process_time()
     act()
-    return time.perf_counter() - start, _resident(status, "VmHWM") - before
+    seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+    return seconds, cpu, _resident(status, "VmHWM") - before
 
 
 def _resident(status: Path, field: str) -> float:
@@ -94,8 +97,11 @@ def main() -> None:
             pack = [peak_above(lambda: save_packed(model, file)) for _ in range(args.repeats)]
             load = [peak_above(lambda: load_packed_(fresh, file)) for _ in range(args.repeats)]
             for what, runs in (("pack", pack), ("load", load)):
-                seconds, memory = (median(run[i] for run in runs) for i in (0, 1))
-                print(f"{form:10} {what}  {seconds:6.1f} s  peak {memory / largest:.2f}x largest")
+                seconds, cpu, memory = (median(run[i] for run in runs) for i in range(3))
+                times = f"{seconds:6.1f} s, {cpu:6.1f} s of processor"
+                print(
+                    f"{form:10} {what}  {times}  peak {memory / largest:.2f}x largest", flush=True
+                )
         expected = model.state_dict()
         assert all(torch.equal(t, expected[name]) for name, t in fresh.state_dict().items())
         size = save_packed(model, file)

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from torchclust.lightning import WeightClustering
 
@@ -63,41 +63,42 @@ class Evaluated(Net):
     test_step = validation_step
 
 
-class Batches:
-    """Shuffled batches that resume within an epoch: Lightning stores and sets ``state_dict``.
+class Order(Sampler[int]):
+    """Another order every epoch (Lightning sets it), taken up where it was left."""
 
-    Lightning tells the epoch's number to whatever ``sampler`` is.
-    """
-
-    def __init__(self, steps: int = STEPS, size: int = 8, seed: int = 1) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.x = torch.randn(steps * size, 1, 8, 8, generator=generator)
-        self.y = torch.randint(3, (steps * size,), generator=generator)
-        self.steps, self.size = steps, size
-        self.position = self.epoch = 0
-        self.sampler = self
+    def __init__(self, length: int) -> None:
+        self.length, self.epoch, self.position = length, 0, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.steps
+        return self.length
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.position %= self.steps
+    def __iter__(self) -> Iterator[int]:
+        self.position %= self.length
         generator = torch.Generator().manual_seed(self.epoch)
-        order = torch.randperm(len(self.y), generator=generator).view(self.steps, self.size)
-        while self.position < self.steps:
-            rows = order[self.position]
+        order = torch.randperm(self.length, generator=generator).tolist()
+        while self.position < self.length:
             self.position += 1
-            yield self.x[rows], self.y[rows]
-        self.position = 0
+            yield order[self.position - 1]
+
+
+class Batches(DataLoader[Any]):
+    """Shuffled batches that resume within an epoch: Lightning keeps the loader's state."""
+
+    def __init__(self, steps: int = STEPS, size: int = 8, seed: int = 1) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(steps * size, 1, 8, 8, generator=generator)
+        self.y = torch.randint(3, (steps * size,), generator=generator)
+        self.order = Order(steps * size)
+        super().__init__(TensorDataset(self.x, self.y), size, sampler=self.order)
 
     def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
+        return {"position": self.order.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
+        self.order.position = state["position"]
 
 
 def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
@@ -161,7 +162,7 @@ def run(
     killer = [] if kill_at is None else [KillAt(kill_at)]
     batches: Any = Batches()
     if whole_epochs:
-        batches = DataLoader(TensorDataset(batches.x, batches.y), batches.size, shuffle=True)
+        batches = DataLoader(batches.dataset, batches.batch_size, shuffle=True)
     module = (Evaluated if whole_epochs else Net)(schedule)
     trainer(checkpoints, WeightClustering(strip=False, **callback), *killer).fit(
         module,

@@ -20,6 +20,8 @@ from torchclust.model import count_distinct
 pytestmark = [
     # Lightning 2.6.6 uses a name that torch 2.13 deprecated, 2026-11.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated"),
+    # Lightning's advice on loaders; worker processes would only slow these tests.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
 ]
 TOTAL = EPOCHS * STEPS
 
@@ -222,7 +224,8 @@ def test_groups_that_clustering_changes_cannot_be_carried_over() -> None:
 def test_lbfgs_starts_afresh() -> None:
     """Its state is one vector over all parameters, of the wrong length after clustering."""
     module = Net(lambda m: torch.optim.LBFGS(m.parameters(), max_iter=2))
-    trainer(WeightClustering(start_epoch=1), max_epochs=2).fit(module, Batches())
+    callback = WeightClustering({"net.6.weight": 16}, start_epoch=1)
+    trainer(callback, max_epochs=2).fit(module, Batches())
     assert count_distinct(module.net[6].weight) <= 16
 
 

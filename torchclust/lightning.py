@@ -105,7 +105,8 @@ class WeightClustering(Callback):
             fine-tuning usually takes.
         start_epoch: the epoch at whose start the model is clustered; before it training is plain.
             From then on new optimizers train the codebooks, with the old state of all else. At 0
-            the model is clustered before the optimizers are built.
+            the model is clustered before the optimizers are built. A `ModelCheckpoint` that
+            monitors a value may find its best epoch before this one.
         strip: make the weights plain parameters when fitting has ended. Without it the model stays
             clustered, for example for another fit.
         log_histograms: log histograms of the clustered weights to TensorBoard, once an epoch.
