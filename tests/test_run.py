@@ -147,6 +147,25 @@ def test_pruning_rises_to_its_share_and_leaves_plain_parameters() -> None:
     assert (model[0].weight != 0).all()  # depthwise
 
 
+def test_pruned_zeros_are_all_of_one_kind(tmp_path: Path) -> None:
+    """A mask times a negative weight is -0.0: left so, the same zeros cost a packed file more."""
+    images = TensorDataset(torch.randn(64, 1, 8, 8), torch.arange(64) % 10)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 100))
+    callbacks = [GradualPruning(0.9)]
+    fit(
+        model, DataLoader(images, 4), epochs=1, lr=1e-2, seed=0, callbacks=callbacks, progress=False
+    )
+    weight = model[1].weight
+    zeros = weight == 0
+    assert zeros.float().mean() == pytest.approx(0.9, abs=0.01)
+    assert not weight[zeros].signbit().any()
+    size = torchclust.save_packed(model, tmp_path / "one_kind.packed").bytes
+    with torch.no_grad():
+        weight[zeros] = torch.randn(int(zeros.sum())).sign() * 0.0
+    two_kinds = torchclust.save_packed(model, tmp_path / "two_kinds.packed").bytes
+    assert two_kinds > size + 0.9 * weight.numel() * 0.8 / 8
+
+
 @pytest.mark.parametrize("when", range(1, 4))
 def test_interrupted_then_resumed_equals_the_straight_run(
     tmp_path: Path, monkeypatch, when: int

@@ -114,16 +114,12 @@ class GradualPruning(Callback):
             self._done = due
             share = self.sparsity * (1 - (1 - due / self.UPDATES) ** 3)
             weights = prunable(pl_module)
-            for module, name in weights:
-                if prune.is_pruned(module):
-                    prune.remove(module, name)
+            _make_permanent(weights)
             prune.global_unstructured(weights, prune.L1Unstructured, amount=share)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the zeros permanent."""
-        for module, name in prunable(pl_module):
-            if prune.is_pruned(module):
-                prune.remove(module, name)
+        _make_permanent(prunable(pl_module))
 
 
 def prunable(model: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -134,6 +130,19 @@ def prunable(model: nn.Module) -> list[tuple[nn.Module, str]]:
         for module in model.modules()
         if isinstance(module, kinds) and getattr(module, "groups", 1) == 1
     ]
+
+
+def _make_permanent(weights: Iterable[tuple[nn.Module, str]]) -> None:
+    """Take the masks off; what they set to zero stays so, as +0.0.
+
+    A mask times a negative weight is -0.0, a second kind of zero, which would cost a packed file up
+    to a bit for every zero.
+    """
+    for module, name in weights:
+        if prune.is_pruned(module):
+            prune.remove(module, name)
+            with torch.no_grad():
+                getattr(module, name).add_(0.0)
 
 
 @contextmanager
