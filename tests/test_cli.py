@@ -1,12 +1,15 @@
-"""The command line: exit statuses, one line per error, what is imported when, Ctrl-C."""
+"""The command line: help, completion, exit statuses, one line per error, Ctrl-C."""
 
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,9 @@ from test_data import write_idx
 from test_recipe import fake_data
 
 import torchclust
-from torchclust import cli
+from torchclust import cli, commands
 from torchclust import prepare as preparing
+from torchclust.export import VelaError
 from torchclust.file_report import describe
 
 RECIPE = """
@@ -27,8 +31,7 @@ train: {epochs: 1}
 cluster: {n_clusters: 8}
 finetune: {epochs: 1}
 """
-HEAVY = ("pytorch_lightning", "matplotlib", "pydantic", "yaml", "rich", "ai_edge_litert",
-         "litert_torch", "mlxtend")  # fmt: skip
+COMMANDS = ("run", "check", "sweep", "report", "export", "vela")
 
 
 @pytest.fixture
@@ -104,14 +107,94 @@ def test_usage_errors_have_status_2(capsys) -> None:
     assert "not allowed with argument --resume" in capsys.readouterr().err
 
 
-def test_help_shows_commands_and_examples(capsys) -> None:
+def _help(arguments: list[str], capsys) -> str:
     with pytest.raises(SystemExit, match="0"):
-        cli.main(["--help"])
-    text = capsys.readouterr().out
-    for command in ("run", "check", "sweep", "report", "export", "vela"):
-        assert f"torchclust {command} " in text or f"    {command} " in text
-    for line in cli.EXAMPLES.splitlines()[1:]:
-        cli.parser().parse_args(line.split()[1:])
+        cli.main([*arguments, "--help"])
+    return capsys.readouterr().out
+
+
+def test_help_shows_commands_examples_and_statuses(capsys) -> None:
+    text = _help([], capsys)
+    assert tuple(cli.EXAMPLES) == COMMANDS
+    for command in COMMANDS:
+        assert f"\n    {command} " in text
+        assert f"\n  {cli.EXAMPLES[command][0]}\n" in text
+    for status in ("0  ", "1  ", "2  ", "130"):
+        assert f"\n  {status} " in text
+    assert "--print-completion bash" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_shows_examples_that_parse(command: str, capsys) -> None:
+    text = _help([command], capsys)
+    for option in ("--json", "--quiet"):
+        assert option in text
+    for example in cli.EXAMPLES[command]:
+        assert f"\n  {example}\n" in text
+        program, *words = shlex.split(example)
+        assert program == "torchclust"
+        assert cli.parser().parse_args(words).command == command
+
+
+def test_version_is_the_package_s(capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"torchclust {torchclust.__version__}\n"
+    assert version("torchclust") == torchclust.__version__
+
+
+def test_python_m_is_the_program() -> None:
+    words = [sys.executable, "-m", "torchclust"]
+    done = subprocess.run([*words, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"torchclust {torchclust.__version__}\n"
+    assert subprocess.run([*words, "fly"], capture_output=True, check=False).returncode == 2
+
+
+COMPLETIONS = {
+    "torchclust ": set(COMMANDS),
+    "torchclust sw": {"sweep"},
+    "torchclust run --o": {"--output", "--overwrite"},
+    "torchclust check fol": {"folder"},
+    "torchclust report --json folder/": {"folder/a.yaml", "folder/below"},
+    "torchclust sweep --output folder/": {"folder/below"},
+}
+
+
+def test_bash_completes_commands_options_and_files(tmp_path: Path, capsys) -> None:
+    (tmp_path / "folder/below").mkdir(parents=True)
+    (tmp_path / "folder/a.yaml").touch()
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--print-completion", "bash"])
+    script = capsys.readouterr().out + "\ncomplete -p torchclust >/dev/null\n"
+    for line in COMPLETIONS:
+        words = [shlex.quote(word) for word in line.split(" ")]
+        script += f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; COMPREPLY=()\n"
+        script += f'_shtab_torchclust torchclust {words[-1]}; echo "${{COMPREPLY[*]}}"\n'
+    done = subprocess.run(
+        ["bash", "-e"], input=script, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    found = [set(line.split()) for line in done.stdout.splitlines()]
+    assert dict(zip(COMPLETIONS, found, strict=True)) == COMPLETIONS
+
+
+def test_zsh_completes_commands_options_and_files(capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--print-completion", "zsh"])
+    script = capsys.readouterr().out
+    assert script.startswith("#compdef torchclust\n")
+    for command in COMMANDS:
+        assert f"\n    {command}:'" in script
+    assert script.count(':_files"') == 8  # every file that a command takes
+    assert script.count(':_files -/"') == 3  # and every folder
+    if shutil.which("zsh"):  # a machine without zsh can not say more
+        subprocess.run(["zsh", "-n"], input=script, text=True, check=True)
+
+
+def test_completion_without_its_package_names_the_install(capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["--print-completion", "bash"])
+    assert 'shtab:  pip install "torchclust[recipes]"' in capsys.readouterr().err
 
 
 def test_json_is_all_that_stands_on_standard_output(recipe: str, capsys) -> None:
@@ -164,9 +247,74 @@ def test_report_refuses_what_holds_no_tensors(tmp_path: Path, capsys) -> None:
 def test_missing_package_names_the_install(recipe: str, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "yaml", None)
     monkeypatch.delitem(sys.modules, "torchclust.recipe")
-    assert cli.main(["check", recipe]) == 2
-    message = "torchclust: check needs the package 'yaml', which is not installed:  pip install"
-    assert message in capsys.readouterr().err
+    for command, extra in (("check", "recipes"), ("run", "all")):
+        assert cli.main([command, recipe]) == 2
+        assert capsys.readouterr().err == (
+            f"torchclust: {command} needs the package 'yaml', which is not installed:  "
+            f'pip install "torchclust[{extra}]"\n'
+        )
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_status_1(recipe: str, capsys) -> None:
+    assert cli.main(["run", recipe, "--output", "r.yaml/below"]) == 1
+    assert capsys.readouterr().err == ("torchclust: [Errno 20] Not a directory: 'r.yaml/below'\n")
+
+
+def test_a_step_that_fails_is_one_line_and_status_1(recipe: str, capsys, monkeypatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise VelaError("Vela could not compile it:\n  its last line")
+
+    monkeypatch.setattr("torchclust.export.vela", failing)
+    assert cli.main(["vela", "a.tflite"]) == 1
+    message = "torchclust: Vela could not compile it: its last line\n"
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environment", "coloured"),
+    [(True, {}, True), (True, {"NO_COLOR": "1"}, False), (True, {"NO_COLOR": ""}, True),
+     (True, {"TERM": "dumb"}, False), (False, {}, False)],
+)  # fmt: skip
+def test_colour_is_for_terminals_that_want_it(
+    recipe: str, capsys, monkeypatch, terminal: bool, environment: dict, coloured: bool
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    say = commands._say(cli.parser().parse_args(["run", recipe]))
+    say("train ...")
+    expected = "\x1b[1;36mtrain ...\x1b[0m\n" if coloured else "train ...\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(3, 3)}, tmp_path / "a.pt")
+    words = [sys.executable, "-m", "torchclust", "report", "a.pt"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(words, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("options", [[], ["--json", "--set", "seed=1", "--output", "a b"]])
+def test_what_to_type_after_ctrl_c_says_the_same_again(
+    recipe: str, capsys, monkeypatch, options: list[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchclust.run.run_recipe", interrupted)
+    assert cli.main(["run", recipe, *options]) == 130
+    program, *words = shlex.split(capsys.readouterr().err.splitlines()[-1])
+    assert program == "torchclust"
+    again, asked = (cli.parser().parse_args(w) for w in (words, ["run", recipe, *options]))
+    for name in ("command", "recipe", "settings", "json", "quiet"):
+        assert getattr(again, name) == getattr(asked, name), name
+    assert again.resume
+    assert again.output == (asked.output or Path("runs/tiny"))
 
 
 def test_a_bug_is_no_input_error(recipe: str, monkeypatch) -> None:
@@ -176,19 +324,6 @@ def test_a_bug_is_no_input_error(recipe: str, monkeypatch) -> None:
     monkeypatch.setattr(preparing, "load_data", broken)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["check", recipe])
-
-
-def _imported_by(statement: str) -> set[str]:
-    code = f"{statement}\nimport sys\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return {name.partition(".")[0] for name in done.stdout.split()}
-
-
-def test_help_imports_nothing_heavy() -> None:
-    quick = _imported_by("import torchclust.cli; torchclust.cli.parser().format_help()")
-    assert quick.isdisjoint(HEAVY)
-    slow = _imported_by("import torchclust.run, rich.table")
-    assert {"pytorch_lightning", "matplotlib", "pydantic", "yaml", "rich"} <= slow
 
 
 @pytest.mark.slow

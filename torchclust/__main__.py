@@ -1,0 +1,8 @@
+"""``python -m torchclust`` is ``torchclust``."""
+
+import sys
+
+from torchclust.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""What each command of the ``torchclust`` program does, given its parsed arguments.
+
+A command returns what ``--json`` prints. Modules that take seconds to import are imported by the
+command that needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class InputError(ValueError):
+    """What the user named can not be used; the text is one line."""
+
+
+def run(args: Namespace) -> Any:
+    """Run a recipe and show what was gained."""
+    from torchclust.recipe import load_recipe
+    from torchclust.run import run_recipe
+    from torchclust.run_report import show
+
+    recipe = load_recipe(args.recipe, args.settings)
+    args.output = args.output or Path("runs") / recipe.name
+    report = run_recipe(
+        recipe,
+        args.output,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        say=_say(args),
+        progress=not args.quiet,
+    )
+    if _tables(args):
+        show(report, args.output)
+    return report
+
+
+def check(args: Namespace) -> Any:
+    """Find what is wrong with a recipe, and show what it would cluster."""
+    from torchclust import summary
+    from torchclust.prepare import clustered_copy, prepare
+    from torchclust.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.settings)
+    prepared = prepare(recipe)
+    model = clustered_copy(recipe, prepared.model) if recipe.cluster else prepared.model
+    table = summary(model)
+    if _tables(args):
+        print(f"{args.recipe}: {recipe.name} is a valid recipe. Before any training:")
+        print(table)
+    return {"recipe": recipe.to_dict(), **table.to_dict()}
+
+
+def sweep(args: Namespace) -> Any:
+    """Run a recipe for several values and show them side by side."""
+    from torchclust.sweep import markdown, run_sweep
+
+    rows = run_sweep(
+        args.recipe,
+        args.settings,
+        args.output,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        say=_say(args),
+        progress=not args.quiet,
+    )
+    if _tables(args):
+        print(markdown(rows), end="")
+    return rows
+
+
+def report(args: Namespace) -> Any:
+    """Show what is in a file of weights."""
+    from torchclust.file_report import describe
+
+    try:
+        described = describe(args.file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot report on {args.file}: {error}") from error
+    if _tables(args):
+        print(described.text)
+    return described.content
+
+
+def export(args: Namespace) -> Any:
+    """Write a checkpoint of a recipe's model as a .tflite file and show what is in that."""
+    from torchclust.data import samples
+    from torchclust.export import to_tflite
+    from torchclust.file_report import describe
+    from torchclust.prepare import load_checkpoint_, prepare
+    from torchclust.recipe import ExportSection, load_recipe
+
+    if not args.tflite.parent.is_dir():
+        raise InputError(
+            f"cannot write {args.tflite}: {args.tflite.parent} does not exist:  "
+            f"mkdir -p {args.tflite.parent}"
+        )
+    recipe = load_recipe(args.recipe, args.settings)
+    prepared = prepare(recipe)
+    model = load_checkpoint_(prepared.model, args.checkpoint).eval()
+    count = (recipe.export or ExportSection()).calibration_samples  # type: ignore[call-arg]
+    calibration = samples(prepared.data.train, count, seed=recipe.seed)
+    _say(args)(f"export {args.tflite} ...")
+    to_tflite(model, calibration[:1], args.tflite, calibration=[calibration], float=args.float)
+    described = describe(args.tflite)
+    if _tables(args):
+        print(described.text)
+    return described.content
+
+
+def vela(args: Namespace) -> Any:
+    """Compile a .tflite file and show Vela's figures."""
+    import dataclasses
+
+    from torchclust.export import vela
+
+    try:
+        report = vela(
+            args.tflite,
+            accelerator=args.accelerator,
+            system_config=args.system_config,
+            memory_mode=args.memory_mode,
+            output_dir=args.output,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(str(error)) from error
+    if _tables(args):
+        print(report)
+    return {**dataclasses.asdict(report), "path": str(report.path)}
+
+
+def _tables(args: Namespace) -> bool:
+    return not (args.quiet or args.json)
+
+
+def _say(args: Namespace) -> Callable[[str], None]:
+    """Return what prints a line of progress, in colour where a person would see it as colour."""
+    if args.quiet:
+        return lambda line: None
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"  # no-color.org
+    cyan = sys.stdout.isatty() and not plain
+    return lambda line: print(f"\033[1;36m{line}\033[0m" if cyan else line, flush=True)
