@@ -84,8 +84,10 @@ class Prepared:
         return tuple(channels_last(y) if last and y.ndim == 4 else y for y in outputs)
 
 
-def prepare(model: nn.Module, example: Inputs, *, last: bool) -> Prepared:
+def prepare(model: nn.Module, example: Inputs, *, last: bool, float_file: bool = False) -> Prepared:
     """Copy, strip, trace and re-lay the model; the one that is given stays as it is.
+
+    For a float file also keep shared values apart from BatchNorms.
 
     Raises:
         ExportError: ``torch.export`` cannot trace the model on these inputs.
@@ -99,6 +101,8 @@ def prepare(model: nn.Module, example: Inputs, *, last: bool) -> Prepared:
     changed = copy.deepcopy(plain)
     columns = rewrites.permute_flattened(changed, program, dict(zip(names, moved, strict=True)))
     rewrites.fold_batch_norm(changed, program)
+    if float_file:
+        rewrites.keep_shared_values(changed, program)
     module = Deployed(changed, keys, moved, last).eval()
     example_inputs = tuple(channels_last(x) if m else x for x, m in zip(args, moved, strict=True))
     return Prepared(module, example_inputs, plain, columns, _used(program))

@@ -103,7 +103,9 @@ def to_tflite(
             None with ``float=True``.
         channels_last: give image inputs and outputs the accelerator's layout, NHWC for NCHW. False
             keeps the model's own, at the price of a TRANSPOSE.
-        float: write float32, BatchNorm folded, without quantization.
+        float: write float32 without quantization, BatchNorm folded but for one behind a
+            convolution with one float codebook: as a depthwise 1x1 convolution it leaves the shared
+            values as they are, so that the file zips well.
         ranges: how activation ranges follow from the calibration data: ``"minmax"`` covers all of
             it, ``"percentile"`` leaves out 0.01 % on each side, ``"mse"`` clips where the squared
             error is smallest. Ranges that the model learned itself (`torchclust.activations`) come
@@ -119,7 +121,7 @@ def to_tflite(
         ImportError: the export extra is not installed.
     """
     _check_arguments(Path(path), calibration, float, ranges)
-    prepared = layout.prepare(model, example_inputs, last=channels_last)
+    prepared = layout.prepare(model, example_inputs, last=channels_last, float_file=float)
     samples = _samples(calibration, prepared)
     content = bytearray(_convert(prepared))
     graph = read_graph(content)
