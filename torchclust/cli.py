@@ -188,6 +188,13 @@ def _recipe_arguments(command: argparse.ArgumentParser, more: str = "") -> None:
         help="override a key of the recipe, e.g. cluster.n_clusters=8 or data=fashion_mnist"
         + (f"; {more}" if more else ""),
     )
+    command.add_argument(
+        "--download",
+        dest="settings",
+        action="append_const",
+        const="data.download=true",
+        help="fetch the data set's files if they are not there; nothing is downloaded without it",
+    )
 
 
 def _output_arguments(command: argparse.ArgumentParser, default: str) -> None:

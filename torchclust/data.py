@@ -1,7 +1,7 @@
-"""The data sets that recipes name, as arrays or folders of images with class indices.
+"""The data sets that recipes name: images or spectrograms, with class indices.
 
 Images are float32 (C, H, W) in [0, 1], labels are class indices. A data set has two fixed parts,
-`Data.train` and `Data.test`; nothing is drawn at random here and nothing is downloaded.
+`Data.train` and `Data.test`, the same in every run, and nothing is downloaded unasked.
 """
 
 from __future__ import annotations
@@ -39,6 +39,19 @@ class ImageArrays(Dataset[Batch]):
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
         return self.images[indices].float() / 255, self.labels[indices]
+
+
+class Spectrograms(Dataset[Batch]):
+    """Features in memory, float32 (N, 1, frames, coefficients), as `ImageArrays` gives images."""
+
+    def __init__(self, features: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
+        self.features, self.labels = torch.from_numpy(features), torch.from_numpy(labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        return self.features[indices], self.labels[indices]
 
 
 class ImageFolder(Dataset[Batch]):
@@ -88,8 +101,8 @@ class ImageFolder(Dataset[Batch]):
 class Data:
     """A training and a test set of the same classes and image shape (channels, height, width)."""
 
-    train: ImageArrays | ImageFolder
-    test: ImageArrays | ImageFolder
+    train: ImageArrays | ImageFolder | Spectrograms
+    test: ImageArrays | ImageFolder | Spectrograms
     input_shape: tuple[int, int, int]
     n_classes: int
 
@@ -174,8 +187,30 @@ def image_folder(root: Path, image_size: int = 224) -> Data:
     )
 
 
+def speech_synthetic(root: Path | None = None, download: bool = False) -> Data:
+    """Return twelve classes of one-second keywords as (1, 49, 10): 6,000 / 1,200 by espeak-ng.
+
+    The classes are those of Speech Commands: yes, no, up, down, left, right, on, off, stop, go,
+    silence, unknown. With a `root` the clips are that data set's own, version 0.02 unpacked;
+    `download` fetches it first if it is not there (2.4 GB, by default into the cache folder). See
+    `torchclust.speech` for voices, noise and features. Every coefficient is scaled to mean 0 and
+    standard deviation 1 over the training part.
+    """
+    from torchclust import speech
+
+    if download:
+        root = speech.fetch(root or speech.cache_folder() / "speech_commands_v0.02")
+    train, test = speech.synthetic(6000, 1200, 0) if root is None else speech.recorded(root, 0)
+    mean, std = train.features.mean((0, 1)), train.features.std((0, 1))
+    scaled = [
+        Spectrograms(((part.features - mean) / std)[:, None], part.labels) for part in (train, test)
+    ]
+    frames, coefficients = train.features.shape[1:]
+    return Data(scaled[0], scaled[1], (1, frames, coefficients), len(speech.CLASSES))
+
+
 DATASETS: dict[str, Callable[..., Data]] = {
-    load.__name__: load for load in (mnist5k, fashion_mnist, image_folder)
+    load.__name__: load for load in (mnist5k, fashion_mnist, image_folder, speech_synthetic)
 }
 
 

@@ -43,10 +43,11 @@ class Section(BaseModel):
 class DataSection(Section):
     """Which images to train and test on; a bare string is a `name`."""
 
-    name: str = Field(description="mnist5k, fashion_mnist or image_folder")
+    name: str = Field(description="mnist5k, fashion_mnist, image_folder or speech_synthetic")
     batch_size: int = Field(128, ge=1, description="images per training step")
     root: AnyPath | None = Field(None, description="folder of the files, where a data set has one")
     image_size: int | None = Field(None, ge=8, description="pixels a side, for image_folder")
+    download: bool | None = Field(None, description="true: fetch what is not there; --download")
 
 
 class ModelSection(Section):

@@ -1,0 +1,370 @@
+"""Keywords as features: spoken by espeak-ng here, or read from the Speech Commands data set.
+
+Both give the same twelve classes and the same kind of array, float32 (N, 49, 10): one second at
+16 kHz goes through the TFLite-Micro audio front end (40 logarithmic mel energies, noise-reduced,
+from windows of 30 ms every 10 ms), of which every second frame is kept, and a discrete cosine
+transform keeps the first 10 coefficients of each. That is the 49 x 10 input of Zhang et al., "Hello
+Edge" (2017), 20 ms apart, made by what runs on the microcontroller instead of by MFCCs.
+
+Arrays are cached in ``$XDG_CACHE_HOME/torchclust`` (``~/.cache``) under a name that holds a digest
+of everything they depend on. Nothing here downloads unless `fetch` is called.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import wave
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchclust.data import DataError
+
+Samples = NDArray[np.int16]
+Floats = NDArray[np.float32]
+
+WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
+CLASSES = (*WORDS, "silence", "unknown")
+OTHER_WORDS = (
+    *("backward", "bed", "bird", "cat", "dog", "eight", "five", "follow", "forward", "four"),
+    *("happy", "house", "learn", "marvin", "nine", "one", "seven", "sheila", "six", "three"),
+    *("tree", "two", "visual", "wow", "zero"),
+)
+RATE = 16_000  # samples in a second, and in a clip
+FRAMES, COEFFICIENTS = 49, 10
+ARCHIVE_URL = "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
+ARCHIVE_SHA256 = "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"
+
+# A voice is an accent and a variant, the shape of a throat. No variant speaks in both parts.
+_ACCENTS = ("en-us", "en-gb", "en-029", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd",
+            "en-gb-x-rp")  # fmt: skip
+_TRAIN_VARIANTS = ("m1", "m2", "m3", "m4", "m6", "m7", "f1", "f2", "f4", "klatt", "klatt2",
+                   "klatt4", "Alex", "Alicia", "Andrea", "Andy", "Denis", "Gene", "Hugo",
+                   "Jacky", "Lee", "Mario", "Mike", "ed", "john", "max", "pablo", "robert",
+                   "sandro", "zac")  # fmt: skip
+_TEST_VARIANTS = ("m5", "m8", "f3", "f5", "klatt3", "Annie", "Michael", "linda", "david", "steph")
+_RECIPE = 1  # part of the cache's name: raise it when the clips of a seed change
+
+
+@dataclass(frozen=True)
+class Part:
+    """Features float32 (N, 49, 10) and class indices int64 (N,)."""
+
+    features: Floats
+    labels: NDArray[np.int64]
+
+
+def synthetic(n_train: int, n_test: int, seed: int, processes: int = 2) -> tuple[Part, Part]:
+    """Return a training and a test set spoken by espeak-ng, the same ones for the same seed.
+
+    Every clip has a voice, pitch, speed and loudness of its own, sits anywhere in its second, and
+    lies in noise of its own colour, at 0 to 25 dB. Test voices are none of the training voices.
+
+    Raises:
+        DataError: espeak-ng or pymicro-features is not installed; the text says how to get it.
+    """
+    version = _espeak_version()
+
+    def compute() -> dict[str, NDArray[Any]]:
+        train = _speak_all(n_train, _TRAIN_VARIANTS, seed, 0, processes)
+        test = _speak_all(n_test, _TEST_VARIANTS, seed, 1, processes)
+        return _as_arrays(train, test)
+
+    depends = [_RECIPE, n_train, n_test, seed, version, _front_end_version()]
+    return _as_parts(_cached("speech_synthetic", depends, compute))
+
+
+def recorded(root: Path, seed: int) -> tuple[Part, Part]:
+    """Return the training and the test set of Speech Commands v0.02 as it is unpacked in `root`.
+
+    The test set is ``testing_list.txt``; what ``validation_list.txt`` names is in neither. Clips of
+    the 25 other words (class "unknown") and stretches of background noise ("silence") are drawn,
+    seeded, so that each of the two has as many clips as a keyword has on average.
+
+    Raises:
+        DataError: `root` is not such a folder, or a file in it is no 16 kHz recording.
+    """
+    held_out = {name: _listed(root, f"{name}_list.txt") for name in ("testing", "validation")}
+    clips = sorted(
+        f"{folder.name}/{file.name}"
+        for folder in root.iterdir()
+        if folder.is_dir() and folder.name in (*WORDS, *OTHER_WORDS)
+        for file in folder.glob("*.wav")
+    )
+    test = [clip for clip in clips if clip in held_out["testing"]]
+    train = [clip for clip in clips if clip not in held_out["testing"] | held_out["validation"]]
+    if not test or not train:
+        raise DataError(
+            f"{root} is no Speech Commands folder: {len(train)} clips for training and "
+            f"{len(test)} for testing in folders yes, no, up ..."
+        )
+
+    def compute() -> dict[str, NDArray[Any]]:
+        return _as_arrays(_read_all(root, train, seed), _read_all(root, test, seed + 1))
+
+    listed = hashlib.sha256("\n".join([*train, "", *test]).encode()).hexdigest()
+    depends = [_RECIPE, str(root.resolve()), listed, seed, _front_end_version()]
+    return _as_parts(_cached("speech_commands", depends, compute))
+
+
+def fetch(root: Path, url: str = ARCHIVE_URL, sha256: str = ARCHIVE_SHA256) -> Path:
+    """Download Speech Commands (2.4 GB) and unpack it into `root`; nothing if that is a folder.
+
+    The archive is hashed as it arrives and unpacked beside `root`, which appears only when whole.
+
+    Raises:
+        DataError: it cannot be downloaded, or is not the archive that `sha256` names.
+    """
+    if root.is_dir():
+        return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as folder:
+        archive, unpacked = Path(folder) / "archive.tar.gz", Path(folder) / "unpacked"
+        found = hashlib.sha256()
+        try:
+            with urllib.request.urlopen(url) as remote, archive.open("wb") as file:
+                while block := remote.read(1 << 20):
+                    found.update(block)
+                    file.write(block)
+        except (urllib.error.URLError, OSError) as error:
+            raise DataError(f"cannot download {url}: {error}") from error
+        if found.hexdigest() != sha256:
+            raise DataError(
+                f"{url} is not the file that was expected: its SHA-256 is {found.hexdigest()}, "
+                f"not {sha256}. Nothing of it was kept"
+            )
+        try:
+            with tarfile.open(archive) as content:
+                content.extractall(unpacked, filter="data")
+        except (tarfile.TarError, OSError) as error:
+            raise DataError(f"cannot unpack {url}: {error}") from error
+        os.replace(unpacked, root)
+    return root
+
+
+def cache_folder() -> Path:
+    """Return ``$XDG_CACHE_HOME/torchclust``, or ``~/.cache/torchclust`` where that is not set."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "torchclust"
+
+
+def features(clip: Samples) -> Floats:
+    """Return the (49, 10) features of one second, int16 (16000,)."""
+    front_end = _front_end()
+    raw, frames, start = clip.tobytes(), [], 0
+    while start + 320 <= len(raw):  # 10 ms of 16-bit samples, which is what one call reads
+        done = front_end.process_samples(raw[start : start + 320])
+        start += 2 * done.samples_read
+        if done.features:
+            frames.append(done.features)
+    mel = np.asarray(frames[: 2 * FRAMES : 2], np.float32)
+    return np.asarray(mel @ _cosines(mel.shape[1]))
+
+
+def _cosines(channels: int) -> Floats:
+    """Return the first 10 vectors of the orthonormal DCT-II as columns: (`channels`, 10)."""
+    angles = np.pi / channels * np.outer(np.arange(channels) + 0.5, np.arange(COEFFICIENTS))
+    basis: NDArray[np.float64] = np.cos(angles) * np.sqrt(2 / channels)
+    basis[:, 0] /= np.sqrt(2)
+    return basis.astype(np.float32)
+
+
+def _front_end() -> Any:
+    try:
+        from pymicro_features import MicroFrontend  # type: ignore[import-untyped,unused-ignore]
+    except ImportError as error:
+        raise DataError(
+            "speech needs the audio front end pymicro-features, which is not installed:  "
+            'pip install "torchclust[recipes]"'
+        ) from error
+    return MicroFrontend()
+
+
+def _front_end_version() -> str:
+    _front_end()
+    return importlib.metadata.version("pymicro-features")
+
+
+def _espeak_version() -> str:
+    if shutil.which("espeak-ng") is None:
+        raise DataError(
+            "data speech_synthetic is spoken by espeak-ng, which is not installed:  "
+            "apt-get install espeak-ng  — or name a folder of recordings, Speech Commands v0.02:  "
+            "--set data.root=/path/to/speech_commands"
+        )
+    asked = subprocess.run(["espeak-ng", "--version"], capture_output=True, text=True, check=True)
+    return asked.stdout.split("Data at")[0].strip()
+
+
+def _speak_all(
+    count: int, variants: Sequence[str], seed: int, part: int, processes: int
+) -> list[tuple[Floats, int]]:
+    """Return `count` clips, the classes taking turns, each drawn from a stream of its own."""
+
+    def one(index: int) -> tuple[Floats, int]:
+        rng = np.random.default_rng([seed, part, index])
+        label = index % len(CLASSES)
+        return features(_clip(_word(label, rng), variants, rng)), label
+
+    # Threads: the work is espeak-ng's, in a process of its own for each clip.
+    with ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(one, range(count)))
+
+
+def _word(label: int, rng: np.random.Generator) -> str | None:
+    """Return what is said in a clip of a class; nothing for silence."""
+    if CLASSES[label] == "silence":
+        return None
+    return str(rng.choice(OTHER_WORDS)) if CLASSES[label] == "unknown" else CLASSES[label]
+
+
+def _clip(word: str | None, variants: Sequence[str], rng: np.random.Generator) -> Samples:
+    """Return one second, int16 (16000,), with a word somewhere in it and noise everywhere."""
+    level = 10 ** rng.uniform(2.0, 3.6)
+    noise = _noise(rng)
+    if word is None:
+        return _to_int16(noise * level)
+    spoken = _spoken(word, variants, rng)
+    spoken = spoken / max(float(np.sqrt(np.mean(spoken**2))), 1e-6)
+    second = np.zeros(RATE)
+    start = int(rng.integers(0, max(1, RATE - len(spoken) + 1)))
+    second[start : start + len(spoken)] = spoken[: RATE - start]
+    return _to_int16(level * (second + noise * 10 ** (-rng.uniform(0, 25) / 20)))
+
+
+def _spoken(word: str, variants: Sequence[str], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Return a word as some voice says it, without the silence around it, at 16 kHz."""
+    from scipy.signal import resample_poly  # type: ignore[import-untyped,unused-ignore]
+
+    voice = f"{rng.choice(_ACCENTS)}+{rng.choice(variants)}"
+    pitch, speed = str(rng.integers(15, 90)), str(rng.integers(110, 240))
+    command = ["espeak-ng", "--stdout", "-v", voice, "-p", pitch, "-s", speed, word]
+    wav = subprocess.run(command, capture_output=True, check=True).stdout
+    # The header's lengths are not filled in when espeak-ng writes to a pipe.
+    at = wav.index(b"data") + 8
+    rate = int.from_bytes(wav[24:28], "little")
+    raw = np.frombuffer(wav[at : len(wav) - (len(wav) - at) % 2], np.int16).astype(np.float64)
+    sound = resample_poly(raw, RATE, rate)
+    loud = np.flatnonzero(np.abs(sound) > 0.02 * np.abs(sound).max(initial=1.0))
+    return np.asarray(sound[loud[0] : loud[-1] + 1] if len(loud) else sound[:1], np.float64)
+
+
+def _noise(rng: np.random.Generator) -> NDArray[np.float64]:
+    """Return a second of noise of power 1 whose spectrum falls by 0 to 6 dB an octave.
+
+    Its loudness wanders by some decibels, so that noise alone does not sound like a constant.
+    """
+    spectrum = np.fft.rfft(rng.standard_normal(RATE))
+    spectrum /= np.maximum(np.arange(len(spectrum)), 20) ** rng.uniform(0, 1)
+    wander = np.interp(np.arange(RATE), np.linspace(0, RATE, 9), rng.normal(0, 3, 9))
+    noise = np.fft.irfft(spectrum, RATE) * 10 ** (wander / 20)
+    return np.asarray(noise / np.sqrt(np.mean(noise**2)))
+
+
+def _to_int16(samples: NDArray[np.float64]) -> Samples:
+    return np.clip(np.rint(samples), -32768, 32767).astype(np.int16)
+
+
+def _listed(root: Path, name: str) -> set[str]:
+    try:
+        return set((root / name).read_text(encoding="utf-8").split())
+    except OSError as error:
+        raise DataError(
+            f"{root} is no Speech Commands folder: cannot read {name}. Name the folder that the "
+            "archive was unpacked into:  --set data.root=/path/to/speech_commands_v0.02  "
+            "— or add --download to fetch it (2.4 GB)"
+        ) from error
+
+
+def _read_all(root: Path, clips: Sequence[str], seed: int) -> list[tuple[Floats, int]]:
+    """Return keywords as they are listed, and as many unknown words and silences as a word has."""
+    rng = np.random.default_rng(seed)
+    known = [clip for clip in clips if clip.partition("/")[0] in WORDS]
+    others = [clip for clip in clips if clip.partition("/")[0] in OTHER_WORDS]
+    share = max(1, len(known) // len(WORDS))
+    chosen = sorted(rng.permutation(len(others))[:share].tolist())
+    named = [(clip, WORDS.index(clip.partition("/")[0])) for clip in known]
+    named += [(others[i], CLASSES.index("unknown")) for i in chosen]
+    found = [(features(_second(_read_wav(root / clip))), label) for clip, label in named]
+    noises = [_read_wav(file) for file in sorted((root / "_background_noise_").glob("*.wav"))]
+    if noises:
+        silences = (_stretch(noises, rng) for _ in range(share))
+        found += [(features(clip), CLASSES.index("silence")) for clip in silences]
+    return found
+
+
+def _read_wav(file: Path) -> Samples:
+    try:
+        with wave.open(io.BytesIO(file.read_bytes())) as sound:
+            kind = (sound.getnchannels(), sound.getsampwidth(), sound.getframerate())
+            raw = sound.readframes(sound.getnframes())
+    except (OSError, EOFError, wave.Error) as error:
+        raise DataError(f"cannot read the recording {file}: {error}") from error
+    if kind != (1, 2, RATE):
+        raise DataError(
+            f"{file} should be one channel of 16 bits at 16,000 Hz, but has "
+            f"{kind[0]} of {8 * kind[1]} bits at {kind[2]:,} Hz"
+        )
+    return np.frombuffer(raw, np.int16)
+
+
+def _second(samples: Samples) -> Samples:
+    """Return exactly one second: the rest is cut off, what is missing is silence."""
+    return np.pad(samples[:RATE], (0, max(0, RATE - len(samples))))
+
+
+def _stretch(noises: Sequence[Samples], rng: np.random.Generator) -> Samples:
+    """Return a second of one of the noises, from anywhere in it, at up to its loudness."""
+    noise = noises[int(rng.integers(len(noises)))]
+    start = int(rng.integers(0, max(1, len(noise) - RATE)))
+    return _to_int16(_second(noise[start:]).astype(np.float64) * rng.uniform(0, 1))
+
+
+def _as_arrays(*parts: Iterable[tuple[Floats, int]]) -> dict[str, NDArray[Any]]:
+    found: dict[str, NDArray[Any]] = {}
+    for name, part in zip(("train", "test"), parts, strict=True):
+        arrays, labels = zip(*part, strict=True)
+        found[f"{name}_features"] = np.stack(arrays)
+        found[f"{name}_labels"] = np.array(labels, np.int64)
+    return found
+
+
+def _as_parts(arrays: Mapping[str, NDArray[Any]]) -> tuple[Part, Part]:
+    train, test = (Part(arrays[f"{n}_features"], arrays[f"{n}_labels"]) for n in ("train", "test"))
+    return train, test
+
+
+def _cached(
+    name: str, depends: Sequence[Any], compute: Callable[[], dict[str, NDArray[Any]]]
+) -> dict[str, NDArray[Any]]:
+    """Return arrays from the cache, or compute and store them; a damaged file is made anew."""
+    digest = hashlib.sha256(repr(list(depends)).encode()).hexdigest()[:12]
+    file = cache_folder() / f"{name}-{digest}.npz"
+    if file.exists():
+        try:
+            with file.open("rb") as raw, np.load(raw) as stored:
+                return dict(stored)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            file.unlink()
+    arrays = compute()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=file.parent, suffix=".npz")
+    with os.fdopen(handle, "wb") as whole:
+        np.savez(whole, **arrays)  # type: ignore[arg-type,unused-ignore]
+    os.replace(partial, file)
+    return arrays
