@@ -304,6 +304,21 @@ def test_a_write_that_fails_leaves_the_old_file(
     assert path.read_bytes() == b"the old file"
 
 
+def test_a_tensor_of_samples_calibrates_as_its_batches_do(tmp_path: Path) -> None:
+    for name, calibration in (("tensor", IMAGES), ("batches", IMAGES.split(5))):
+        result = to_tflite(small(), IMAGES, tmp_path / name, calibration=calibration)
+        assert result.calibration_samples == len(IMAGES)
+    assert (tmp_path / "tensor").read_bytes() == (tmp_path / "batches").read_bytes()
+
+
+@pytest.mark.parametrize("calibration", [{"x": IMAGES}, 16])
+def test_one_batch_is_no_iterable_of_batches(calibration: Any, tmp_path: Path) -> None:
+    got = type(calibration).__name__
+    match = rf"calibration must be an iterable .*, got {got}\. .* list:  calibration=\[batch\]"
+    with pytest.raises(TypeError, match=match):
+        to_tflite(small(), IMAGES, tmp_path / "a.tflite", calibration=calibration)
+
+
 def test_clustered_and_stripped_models_export_alike(tmp_path: Path) -> None:
     model = randomize_norms(resnet())
     cluster_(model, 16, codebook_dtype="int8")

@@ -13,7 +13,7 @@ import builtins
 import itertools
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,8 @@ def to_tflite(
             argument name. The first dimension is the batch; the file's batch is 1.
         path: where to write; an existing file is replaced, and only by a file that passed.
         calibration: an iterable of inputs like the examples: tensors, tuples, dicts, or a
-            DataLoader's batches, labels included. One to a few hundred samples are enough. May be
-            None with ``float=True``.
+            DataLoader's batches, labels included; of a tensor, its first dimension are the samples.
+            One to a few hundred samples are enough. May be None with ``float=True``.
         channels_last: give image inputs and outputs the accelerator's layout, NHWC for NCHW. False
             keeps the model's own, at the price of a TRANSPOSE.
         float: write float32 without quantization, BatchNorm folded but for one behind a
@@ -155,6 +155,11 @@ def _check_arguments(path: Path, calibration: object, float_: bool, ranges: str)
         raise ValueError(
             "an int8 file needs calibration data, got None:  "
             "to_tflite(model, inputs, path, calibration=loader)"
+        )
+    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable | Sized | None):
+        raise TypeError(
+            "calibration must be an iterable of batches, such as a list or a DataLoader, got "
+            f"{type(calibration).__name__}. A single batch goes into a list:  calibration=[batch]"
         )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
