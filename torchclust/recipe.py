@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from torchclust.config import (
     Assignment,
@@ -88,7 +97,11 @@ class PruneSection(Section):
 
 
 class ClusterSection(Section):
-    """ClusterConfig's fields for every clusterable weight, then `rules` for some of them."""
+    """ClusterConfig's fields for every clusterable weight, then `rules` for some of them.
+
+    With `budget` or `max_accuracy_drop` in the place of `n_clusters`, every tensor gets the number
+    of its own that is best for the whole (`torchclust.mixed`); those that `rules` give one keep it.
+    """
 
     n_clusters: int = Field(16, description="most distinct values per codebook, 2 to 256")
     codebook_dtype: CodebookDtype = Field("float32", description="int8: the codes of the file")
@@ -103,6 +116,22 @@ class ClusterSection(Section):
         default_factory=dict,
         description="pattern of parameter names, or class name -> int, fields, or null",
     )
+    budget: float | None = Field(
+        None, gt=0, description="KiB for all encoded weights; chooses n_clusters for each tensor"
+    )
+    max_accuracy_drop: float | None = Field(
+        None, gt=0, description="points; chooses the smallest n_clusters that keep within it"
+    )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether numbers of clusters are to be chosen."""
+        return self.budget is not None or self.max_accuracy_drop is not None
+
+    def with_rules(self, rules: Mapping[str, Any]) -> ClusterSection:
+        """Return the section with these rules added and nothing left to choose."""
+        fields = {"budget": None, "max_accuracy_drop": None, "rules": {**self.rules, **rules}}
+        return self.model_copy(update=fields)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -112,7 +141,42 @@ class ClusterSection(Section):
     @property
     def all_rules(self) -> dict[str, Any]:
         """`n_clusters` for everything, then `rules`: the second argument of `cluster_`."""
-        return {"*": self.n_clusters, **self.rules}
+        return {"*": self.n_clusters, **{p: self._inheriting(r) for p, r in self.rules.items()}}
+
+    def _inheriting(self, rule: Any) -> Any:
+        """Return a rule with the section's `n_clusters`, where it gives other fields only."""
+        return {"n_clusters": self.n_clusters, **rule} if isinstance(rule, Mapping) else rule
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_chosen(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        if self.chooses:
+            fields.pop("n_clusters")
+        return fields
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: Any) -> Any:
+        """Let ``--set cluster.n_clusters=null`` make room for a budget."""
+        if isinstance(value, Mapping) and value.get("n_clusters", 0) is None:
+            return {key: given for key, given in value.items() if key != "n_clusters"}
+        return value
+
+    @model_validator(mode="after")
+    def _one_way_to_choose(self) -> ClusterSection:
+        if self.budget is not None and self.max_accuracy_drop is not None:
+            raise ValueError(
+                f"give either budget ({self.budget:g}) or max_accuracy_drop "
+                f"({self.max_accuracy_drop:g}), not both"
+            )
+        if self.chooses and "n_clusters" in self.model_fields_set:
+            key = "budget" if self.budget is not None else "max_accuracy_drop"
+            raise ValueError(
+                f"{key} chooses n_clusters for every tensor: leave n_clusters "
+                f"({self.n_clusters}) out (--set cluster.n_clusters=null), or give single "
+                "tensors theirs under rules"
+            )
+        return self
 
     @model_validator(mode="after")
     def _valid_configs(self) -> ClusterSection:
@@ -190,6 +254,12 @@ class Recipe(Section):
         for section, needed in (("finetune", "cluster"), ("vela", "export")):
             if getattr(self, section) is not None and getattr(self, needed) is None:
                 raise ValueError(f"{section} needs the section {needed}, which is absent")
+        needs_labels = self.cluster and self.cluster.max_accuracy_drop is not None
+        if needs_labels and self.finetune and not self.finetune.labels:
+            raise ValueError(
+                "cluster.max_accuracy_drop needs labels: give cluster.budget instead, or leave "
+                "finetune.labels: false out"
+            )
         if self.prune and self.cluster and not self.cluster.preserve_sparsity:
             raise ValueError(
                 "prune needs cluster.preserve_sparsity: true, or clustering undoes its zeros"

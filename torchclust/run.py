@@ -26,7 +26,8 @@ from torchclust.stages import Stages, train_networks, versions
 
 PACKED_FILE = "model.packed"
 STAGE_FOLDER = "stages"
-REPORTS = ("recipe.yaml", "report.json", "report.md", "report.png")
+CHOSEN_FILE = "chosen.yaml"
+REPORTS = ("recipe.yaml", CHOSEN_FILE, "report.json", "report.md", "report.png")
 
 
 def run_recipe(
@@ -62,6 +63,9 @@ def run_recipe(
     write_whole(output / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     stages = Stages(stage_folder or output / STAGE_FOLDER, say, progress)
     networks = train_networks(prepared, stages)
+    if networks.chosen:
+        same = recipe.model_copy(update={"cluster": networks.chosen.section})
+        write_whole(output / CHOSEN_FILE, yaml.safe_dump(same.to_dict(), sort_keys=False))
     exported = export_files(prepared, networks, output, stages) if recipe.export else {}
     compiled = compile_files(prepared, output, stages) if recipe.vela else {}
     packed = save_packed(networks.compressed, output / PACKED_FILE) if networks.compressed else None

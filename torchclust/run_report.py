@@ -6,6 +6,7 @@ can tell different stories.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def assemble(
             "packed_entropy_bound": packed.entropy_bound if packed else None,
         },
         "tensors": _tensors(networks, files["int8"].get("codes", {})),
+        "chosen": networks.chosen.to_dict() if networks.chosen else None,
         "vela": _vela(compiled),
         "export": {
             "sqnr_db": files["int8"].get("sqnr_db"),
@@ -145,6 +147,8 @@ def markdown(report: Report) -> str:
     stages = [(label, _percent(accuracy[k])) for k, label in _STAGES.items() if accuracy[k]]
     lines += ["", "## Accuracy on the test images", "", *_table(("model", "accuracy"), stages)]
     lines += ["", "## Tensors", "", *_tensor_table(report)]
+    if report["chosen"]:
+        lines += ["", "## Numbers of clusters that were chosen", "", *_chosen(report["chosen"])]
     lines += ["", "## How this was made", "", *_provenance(report)]
     return "\n".join(lines) + "\n"
 
@@ -186,6 +190,26 @@ def _tensor_table(report: Report) -> list[str]:
     for reason, names in reasons.items():
         lines += ["", f"Not clustered ({reason}): {', '.join(names)}"]
     return lines
+
+
+def _chosen(chosen: dict[str, Any]) -> list[str]:
+    """Return what the choice costs tensor by tensor, and how to run with it."""
+    rows = [
+        (f"`{name}`", str(c["n_clusters"] or "-"), _kib(c["n_bytes"]), f"{c['loss']:.4f}")
+        for name, c in chosen["tensors"].items()
+    ]
+    rows.append(("together", "", _kib(chosen["encoded_bytes"]), ""))
+    return [
+        *_table(("tensor", "clusters", "encoded", "divergence alone, nats"), rows),
+        "",
+        "The divergence is that of the model's class probabilities on training images when this "
+        "tensor alone is clustered, before fine-tuning. `torchclust run chosen.yaml` runs with "
+        "these rules and chooses nothing:",
+        "",
+        "```yaml",
+        f"rules: {json.dumps(chosen['rules'])}",
+        "```",
+    ]
 
 
 def _provenance(report: Report) -> list[str]:

@@ -1,15 +1,24 @@
-"""Which weights matter: the diagonal of the empirical Fisher information."""
+"""Which weights matter: the empirical Fisher information's diagonal, and tensors tried in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchclust.model import live_weights
+from torchclust.allocation import Choice
+from torchclust.config import ClusterConfig
+from torchclust.encoded_size import Measure, encoded_bytes
+from torchclust.model import cluster_, live_weights
+
+CANDIDATES = (2, 4, 6, 8, 12, 16, 24, 32, 64)
+"""Numbers of clusters that are tried; odd int8 codebooks hold one code less."""
+_AT_ONCE = 250  # images
 
 
 def fisher_information(
@@ -52,6 +61,57 @@ def fisher_information(
     if count == 0:
         raise ValueError("fisher_information needs at least one batch, got none")
     return {name: squared / count for name, squared in total.items()}
+
+
+def sensitivity_curves(
+    model: nn.Module,
+    configs: Mapping[str, Sequence[ClusterConfig]],
+    images: Tensor,
+    measure: Measure,
+    *,
+    seed: int = 0,
+) -> dict[str, list[Choice]]:
+    """Cluster one tensor at a time, in each of several ways, and see what it costs and spoils.
+
+    The loss of a choice is the mean Kullback-Leibler divergence, in nats, of the model's class
+    probabilities from those before clustering. To second order that is half the Fisher information
+    along the change of the weights, all of it and not its diagonal; and unlike that it also holds
+    where the change is large, as with three codes. It needs no labels.
+
+    Args:
+        model: a classifier, plain or pruned, in any mode; it stays unchanged.
+        configs: how to try which tensor, for example `candidates` by name.
+        images: inputs, (n, ...); a thousand are enough.
+        measure: bytes of an encoded tensor, for example `torchclust.encoded_size.entropy_bytes`.
+        seed: for the inits that draw at random.
+
+    Returns:
+        For every tensor its choices, in the order of its configurations.
+    """
+    start = copy.deepcopy(model).eval()
+    before = _log_probabilities(start, images)
+    curves: dict[str, list[Choice]] = {name: [] for name in configs}
+    for name, config in ((name, config) for name, tried in configs.items() for config in tried):
+        clustered = cluster_(copy.deepcopy(start), {name: config}, seed=seed)
+        after = _log_probabilities(clustered, images)
+        divergence = float((before.exp() * (before - after)).sum(1).mean())
+        n_bytes = encoded_bytes(clustered, measure, [name])[name]
+        curves[name].append(Choice(config.n_clusters, n_bytes, max(0.0, divergence)))
+    return curves
+
+
+def candidates(config: ClusterConfig, n_elements: int) -> list[ClusterConfig]:
+    """Return `config` with each of `CANDIDATES` that it and a tensor of so many elements allow."""
+    least = 3 if config.preserve_sparsity or config.codebook_dtype == "int8" else 2
+    return [
+        dataclasses.replace(config, n_clusters=k) for k in CANDIDATES if least <= k < n_elements
+    ]
+
+
+def _log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        logits = [model(part) for part in images.split(_AT_ONCE)]
+    return torch.cat(logits).double().log_softmax(1)
 
 
 def _gradients(

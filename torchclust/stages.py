@@ -14,13 +14,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pickle
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,14 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 import torchclust
+from torchclust import mixed
 from torchclust.activations import quantize_activations_
-from torchclust.data import loader, samples
+from torchclust.allocation import Choice, Curves
+from torchclust.data import Batch, loader, samples
+from torchclust.encoded_size import encoded_bytes
 from torchclust.lightning import WeightClustering
 from torchclust.prepare import Prepared, clustered_copy
+from torchclust.recipe import ClusterSection
 from torchclust.training import GradualPruning, accuracy, fit
 
 Result = dict[str, Any]
@@ -108,6 +113,8 @@ class Networks:
         control: never compressed, trained as long as `compressed`.
         compressed: pruned, clustered, fine-tuned, its clusterings still in place; None when the
             recipe does neither.
+        chosen: numbers of clusters, where the recipe leaves them to be chosen, with the encoded
+            bytes that they came to; else None.
         accuracy: of ``float`` (trained), ``control``, ``pruned``, ``before_finetune`` (clustered,
             not trained since) and ``clustered`` (`compressed`); None for what there is not.
     """
@@ -116,10 +123,15 @@ class Networks:
     control: nn.Module
     compressed: nn.Module | None
     accuracy: dict[str, float | None]
+    chosen: mixed.Chosen | None = None
 
 
 def train_networks(prepared: Prepared, stages: Stages) -> Networks:
-    """Run the stages ``train``, ``prune``, ``control``, ``cluster`` and ``finetune``."""
+    """Run the stages ``train``, ``control``, ``prune``, ``cluster`` and ``finetune``.
+
+    Where the recipe leaves numbers of clusters to be chosen, ``sensitivity`` comes before
+    ``cluster``, and these two and ``finetune`` may run several times.
+    """
     recipe, training = prepared.recipe, _Training(prepared, stages)
     accuracy: dict[str, float | None] = dict.fromkeys(
         ("float", "control", "pruned", "before_finetune", "clustered")
@@ -132,21 +144,29 @@ def train_networks(prepared: Prepared, stages: Stages) -> Networks:
     if recipe.prune is not None:
         compressed, accuracy["pruned"] = training.prune(trained)
         accuracy["clustered"] = accuracy["pruned"]
+    chosen = None
     if recipe.cluster is not None:
         start = compressed
+        if recipe.cluster.chooses:
+            chosen = training.choose(start, trained)
+            training = training.clustering_with(chosen.section)
         compressed, accuracy["before_finetune"] = training.cluster(start)
         accuracy["clustered"] = accuracy["before_finetune"]
         if recipe.finetune is not None and recipe.finetune.epochs:
             compressed, accuracy["clustered"] = training.finetune(compressed, trained)
-    return Networks(trained, control, compressed, accuracy)
+    if chosen is not None:
+        chosen = chosen.measured(
+            encoded_bytes(compressed, mixed.measure_of(recipe), chosen.allocation)
+        )
+    return Networks(trained, control, compressed, accuracy, chosen)
 
 
 class _Training:
     """One method per stage: each returns the stage's model and its accuracy."""
 
     def __init__(self, prepared: Prepared, stages: Stages) -> None:
+        self.prepared, self.stages = prepared, stages
         self.recipe, self.data, self.start = prepared.recipe, prepared.data, prepared.model
-        self.stages = stages
         self.origin = origin(prepared)
 
     def train(self) -> tuple[nn.Module, float]:
@@ -160,6 +180,45 @@ class _Training:
         if finetune and finetune.labels:
             plan += [(finetune.epochs, self.recipe.lr * finetune.lr_scale)]
         return self._stage("control", {"plan": plan}, lambda: self._fit(trained, plan))
+
+    def clustering_with(self, section: ClusterSection) -> _Training:
+        """Return the same training with another section ``cluster``."""
+        recipe = self.recipe.model_copy(update={"cluster": section})
+        return _Training(replace(self.prepared, recipe=recipe), self.stages)
+
+    def choose(self, start: nn.Module, trained: nn.Module) -> mixed.Chosen:
+        finetune = self.recipe.finetune
+
+        def train(section: ClusterSection) -> nn.Module:
+            training = self.clustering_with(section)
+            numbers = ", ".join(f"{name} {rule}" for name, rule in section.rules.items())
+            self.stages.say(f"  {numbers}")
+            model, _ = training.cluster(start)
+            if finetune is not None and finetune.epochs:
+                model, _ = training.finetune(model, trained)
+            return model
+
+        labelled: list[Batch] = []
+        if self.recipe.cluster and self.recipe.cluster.max_accuracy_drop is not None:
+            batches = loader(self.data.train, EVALUATION_BATCH, seed=self.recipe.seed)
+            labelled += itertools.islice(batches, mixed.LABELLED // EVALUATION_BATCH)
+        return mixed.choose(self.recipe, start, self._curves(start), labelled, train)
+
+    def _curves(self, start: nn.Module) -> Curves:
+        """Return every tensor's choices, which do not depend on the budget."""
+        section = self.recipe.cluster
+        assert section is not None
+        depends = self._sections("prune")
+        depends["cluster"] = section.with_rules({}).model_dump(mode="json", exclude_none=True)
+        depends["measure"] = mixed.measure_of(self.recipe).__name__
+
+        def compute() -> Result:
+            images = samples(self.data.train, mixed.IMAGES, seed=self.recipe.seed)
+            curves = mixed.curves_of(self.recipe, start, images)
+            return {"curves": {n: [list(astuple(c)) for c in cs] for n, cs in curves.items()}}
+
+        found = self.stages.result("sensitivity", [self.origin, depends], compute)["curves"]
+        return {name: [Choice(*values) for values in choices] for name, choices in found.items()}
 
     def cluster(self, start: nn.Module) -> tuple[nn.Module, float]:
         images = self._unlabelled()

@@ -1,0 +1,77 @@
+"""How many bytes a weight tensor takes once it is encoded: by its entropy, or by Vela's codec."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Collection
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torchclust.model import Clustering, decisions, named_clusterings
+from torchclust.packed_entropy import entropy
+
+Measure: TypeAlias = Callable[[Tensor, Clustering | None], int]
+"""Bytes of a weight, clustered so or (None) not at all."""
+
+_GRID = 127
+
+
+def encoded_bytes(model: nn.Module, measure: Measure, names: Collection[str]) -> dict[str, int]:
+    """Return the encoded bytes of these parameters, clustered or not."""
+    clusterings = dict(named_clusterings(model))
+    return {
+        name: measure(value, clusterings.get(name))
+        for name, value, _ in decisions(model)
+        if name in names
+    }
+
+
+def entropy_bytes(weight: Tensor, clustering: Clustering | None) -> int:
+    """Return the bytes of a packed file: the indices' entropy and the codebook, else every value.
+
+    What entropy coding adds to it is below 2 % (`torchclust.packing`).
+    """
+    if clustering is None:
+        return weight.numel() * weight.element_size()
+    counts = torch.bincount(clustering.indices.reshape(-1).long()).cpu().numpy()
+    codes, scale, width = clustering.codes, clustering.scale, weight.element_size()
+    book = clustering.centroids.numel() * width
+    if codes is not None and scale is not None:
+        book = codes.numel() + scale.numel() * width
+    return math.ceil(weight.numel() * entropy(counts.astype(np.int64)) / 8) + book
+
+
+def vela_bytes(weight: Tensor, clustering: Clustering | None) -> int:
+    """Return the bytes that Vela's weight encoder makes of the tensor's int8 codes.
+
+    In the weight's own order, where the compiler cuts it into blocks: 1-2 % from its figures.
+
+    Raises:
+        ImportError: without Vela, naming the install command.
+    """
+    try:
+        codec = importlib.import_module("ethosu.mlw_codec")
+    except ImportError as error:
+        raise ImportError(
+            "a budget for Vela is measured with its encoder:  pip install torchclust[export]"
+        ) from error
+    return len(codec.encode(_int8_codes(weight, clustering).reshape(-1).tolist()))
+
+
+def _int8_codes(weight: Tensor, clustering: Clustering | None) -> Tensor:
+    """Return what the int8 file holds: the codes, or the values rounded to a grid.
+
+    A codebook of the whole tensor has one scale, everything else one per output channel.
+    """
+    if clustering is not None and clustering.codes is not None:
+        return clustering.codes[clustering.indices.int()]
+    if clustering is not None and clustering.config.granularity == "tensor":
+        peak = weight.abs().max()
+    else:
+        channel = 0 if clustering is None else clustering.channel_dim
+        peak = weight.abs().amax([d for d in range(weight.dim()) if d != channel], keepdim=True)
+    return (weight * (_GRID / peak.clamp(min=torch.finfo(weight.dtype).tiny))).round().int()
