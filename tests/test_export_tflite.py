@@ -498,7 +498,7 @@ def test_a_missing_package_names_the_extra(
         if name.partition(".")[0] == missing:
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=r"pip install torchclust\[export\]"):
+    with pytest.raises(ImportError, match=r"pip install .torchclust\[export\]"):
         to_tflite(small(), IMAGES, tmp_path / "a", calibration=[IMAGES])
 
 

@@ -696,7 +696,7 @@ def test_summary_plot_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="nothing to plot: no tensor is clustered"):
         summary(net()).plot()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install torchclust\[recipes\]"):
+    with pytest.raises(ImportError, match=r"pip install .torchclust\[recipes\]"):
         summary(cluster_(net())).plot()
 
 

@@ -505,9 +505,9 @@ def test_without_constriction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(packed_entropy.importlib, "import_module", without)
-    with pytest.raises(ImportError, match=r"pip install torchclust\[recipes\]"):
+    with pytest.raises(ImportError, match=r"pip install .torchclust\[recipes\]"):
         save_packed(nn.Linear(2, 2), tmp_path / "new.packed")
-    with pytest.raises(ImportError, match=r"pip install torchclust\[recipes\]"):
+    with pytest.raises(ImportError, match=r"pip install .torchclust\[recipes\]"):
         load_packed_(nn.Linear(2, 2), file)
     assert packed_size(file).rows, "a report needs no decoder"
     assert list(tmp_path.iterdir()) == [file]

@@ -172,7 +172,7 @@ def test_a_missing_vela_names_the_extra(
     files: dict[int | None, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"needs Vela, .*pip install torchclust\[export\]"):
+    with pytest.raises(ImportError, match=r"needs Vela, .*pip install .torchclust\[export\]"):
         vela(files[16])
 
 

@@ -21,7 +21,7 @@ try:
     from pytorch_lightning.utilities.model_helpers import is_overridden
 except ImportError as error:
     raise ImportError(
-        "torchclust.lightning needs PyTorch Lightning:  pip install torchclust[lightning]"
+        'torchclust.lightning needs PyTorch Lightning:  pip install "torchclust[lightning]"'
     ) from error
 import torch
 from torch import Tensor

@@ -141,7 +141,7 @@ def constriction() -> Any:
         module = importlib.import_module("constriction")
     except ImportError as error:
         raise ImportError(
-            "packed files are entropy-coded with constriction:  pip install torchclust[recipes]"
+            'packed files are entropy-coded with constriction:  pip install "torchclust[recipes]"'
         ) from error
     coder = module.stream.stack.AnsCoder()
     coder.encode_reverse(_PROBE, _model(_PROBE_FREQUENCIES, module))

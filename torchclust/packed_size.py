@@ -116,7 +116,7 @@ class PackedSize:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError(
-                "plot() draws with matplotlib:  pip install torchclust[recipes]"
+                'plot() draws with matplotlib:  pip install "torchclust[recipes]"'
             ) from error
         figure = Figure(figsize=(7, 2.4), layout="constrained")
         axes = figure.subplots()

@@ -91,7 +91,7 @@ class Summary:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError(
-                "plot() draws with matplotlib:  pip install torchclust[recipes]"
+                'plot() draws with matplotlib:  pip install "torchclust[recipes]"'
             ) from error
         if not self._weights:
             raise ValueError("nothing to plot: no tensor is clustered; call cluster_(model) first")

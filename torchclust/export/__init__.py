@@ -1,7 +1,7 @@
 """From a clustered PyTorch model to an int8 TFLite file, and what Vela makes of it.
 
 Importing this costs nothing; LiteRT, its quantizer and Vela are imported when a function needs them
-(``pip install torchclust[export]``).
+(``pip install "torchclust[export]"``).
 """
 
 from torchclust.export.backends import ExportError

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 _LONGEST = 300
-INSTALL = "pip install torchclust[export]"
+INSTALL = 'pip install "torchclust[export]"'
 
 # The quantizer was renamed; the API is the same, so the first that imports is used.
 _QUANTIZERS = ("ai_edge_quantizer", "litert_quantizer")
