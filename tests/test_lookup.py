@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -115,3 +118,63 @@ def test_compiled_export_and_transforms_see_plain_operators(through: bool) -> No
     assert torch.equal(by_weight, upstream if through else torch.zeros(6, 5))
     per_sample = torch.vmap(lambda scale: torch.func.grad(loss)(table * scale, weight))
     assert per_sample(torch.ones(3)).shape == (3, 4)
+
+
+def test_memory_is_written_again_only_when_nobody_holds_it() -> None:
+    table, indices, _ = example((7,), (64, 8))
+    memory = module.Memory()
+    first = lookup(table, indices, memory=memory)
+    address, expected = first.data_ptr(), first.clone()
+    second = lookup(table + 1, indices, memory=memory)
+    assert second.data_ptr() != address
+    assert torch.equal(first, expected)
+    for keep in (lambda t: t.view(-1)[3:], lambda t: t.numpy(), lambda t: t.detach()):
+        held = keep(second)
+        before, copy_of = second.data_ptr(), np.asarray(held).copy()
+        del second
+        second = lookup(table + 2, indices, memory=memory)
+        assert second.data_ptr() != before
+        assert np.array_equal(np.asarray(held), copy_of)
+    address = second.data_ptr()
+    del second, held
+    assert lookup(table, indices, memory=memory).data_ptr() == address
+
+
+def test_memory_that_backward_still_needs_is_left_alone() -> None:
+    table, indices, _ = example((7,), (64, 8))
+    table.requires_grad_()
+    memory = module.Memory()
+    x = torch.randn(5, 8)
+    outputs = [
+        torch.nn.functional.linear(x, lookup(factor * table, indices, memory=memory)).pow(2).sum()
+        for factor in (1.0, 3.0)
+    ]
+    (found,) = torch.autograd.grad(sum(outputs), table)
+    outputs = [(x @ (factor * table)[indices.long()].T).pow(2).sum() for factor in (1.0, 3.0)]
+    (expected,) = torch.autograd.grad(sum(outputs), table)
+    torch.testing.assert_close(found, expected)
+
+
+def test_copies_have_memory_of_their_own() -> None:
+    table, indices, _ = example((7,), (64, 8))
+    memory = module.Memory()
+    value = lookup(table, indices, memory=memory)
+    for copied in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
+        assert lookup(table, indices, memory=copied).data_ptr() != value.data_ptr()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("shape", [(16,), (1500, 6)])
+def test_threads_change_no_bit(shape: tuple[int, ...], inference: bool) -> None:
+    table, indices, values = example(shape, (1500, 1500))
+    assert indices.numel() >= module._THREADED
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            with torch.inference_mode(inference):
+                found.append((lookup(table, indices), grouped_sum(values, indices, table.shape)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -5,25 +5,64 @@ they have the weight's shape and all refer to it; with several, their first dime
 (one per output channel). Deep Compression section 3 in two functions: `lookup` is the forward pass,
 `grouped_sum` is Eq. 3. Each is the other's adjoint, so gradients of any order work.
 
-Both run in blocks that stay in the cache: the indices are widened to the int32 that torch's gather
-wants one block at a time, never as a whole (four more bytes per weight, and page faults that cost
-more than the gather itself).
+On the CPU both run in blocks that stay in the cache: the indices are widened to the int32 that
+torch's gather wants one block at a time, never as a whole (four more bytes per weight, and page
+faults that cost more than the gather itself). Large tensors are shared out among as many threads as
+torch uses; sums are added in the order of the shares, so their bits do not depend on the threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+import itertools
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK = 1 << 17  # elements; float32 values and int32 indices of a block fit a core's cache
+T = TypeVar("T")
+
+_GATHERED = 1 << 17  # elements of a block: its values and widened indices stay in the cache
+_SUMMED = 1 << 15  # the same; beyond this torch would start threads of its own in each of ours
+_THREADED = 1 << 21  # elements from which a second thread is worth waking
 _LANES = 2048  # accumulators per centroid on an accelerator, so that atomics rarely meet
 
 
-def lookup(table: Tensor, indices: Tensor, through: Tensor | None = None) -> Tensor:
+class Memory:
+    """The memory of one result, to be written again as soon as nobody refers to it any more.
+
+    A fresh tensor of more than a few MB comes from the kernel as pages that are zeroed on first
+    touch: two to three times the gather itself, in every step. Whether views, autograd's saved
+    tensors or numpy arrays still need the last result is what its storage's use count says.
+    """
+
+    def __init__(self) -> None:
+        self._storage: torch.UntypedStorage | None = None
+        self._lock = threading.Lock()  # two threads must not both find it free
+
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        return Memory, ()  # a copy, also in another process, has memory of its own
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor on the CPU, in the old memory if that is free."""
+        size = shape.numel() * dtype.itemsize
+        out = torch.empty(0, dtype=dtype)
+        with self._lock:
+            kept = self._storage
+            if kept is None or kept.nbytes() != size or kept.is_shared() or _users(kept) > 1:
+                kept = self._storage = torch.UntypedStorage(size)
+            out.set_(kept, 0, shape)  # type: ignore[call-overload]
+        return out
+
+
+def lookup(
+    table: Tensor, indices: Tensor, through: Tensor | None = None, memory: Memory | None = None
+) -> Tensor:
     """Replace every index by its value in the table.
 
     Args:
@@ -31,6 +70,8 @@ def lookup(table: Tensor, indices: Tensor, through: Tensor | None = None) -> Ten
         indices: ``uint8``, any shape, each below ``k``.
         through: a tensor of the indices' shape that receives the result's gradient unchanged (the
             straight-through estimator), so that a weight can train behind its lookup.
+        memory: where the last result of the same call lies; on the CPU it is written again if
+            nobody holds that result.
 
     Returns:
         A contiguous tensor of the indices' shape and the table's dtype. Its gradient reaches the
@@ -40,8 +81,8 @@ def lookup(table: Tensor, indices: Tensor, through: Tensor | None = None) -> Ten
         value = _plain_lookup(table, indices)
         return value if through is None else value + (through - through.detach())
     if through is None:
-        return _apply(_Lookup, table, indices)
-    return _apply(_LookupThrough, table, indices, through)
+        return _apply(_Lookup, table, indices, memory)
+    return _apply(_LookupThrough, table, indices, through, memory)
 
 
 def grouped_sum(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
@@ -53,18 +94,28 @@ def grouped_sum(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
         shape: the table's, ``(k,)`` or ``(rows, k)``.
 
     Returns:
-        A tensor of ``shape`` in the dtype of ``values``. Sums are carried in float64 on the CPU;
-        on other devices in float32, spread over many accumulators, without a copy to the host.
+        A tensor of ``shape`` in the dtype of ``values``. With one codebook sums are carried
+        in float32 within a block of 32,768 values and in float64 over the blocks on the CPU; on
+        other devices in float32, spread over many accumulators, without a copy to the host.
     """
     if _must_be_traceable() or values.device.type != "cpu":
         return _scatter_sum(values, indices, shape)
-    if len(shape) == 2:
-        return _grouped_sum_by_row(values, indices, shape)
-    flat, index, k = values.reshape(-1), indices.reshape(-1), shape[0]
-    total = torch.zeros(k, dtype=torch.float64)
-    for block in _blocks(flat.numel()):
-        weights = _at_least_float32(flat[block])
-        total += torch.bincount(index[block], weights=weights, minlength=k)
+    if len(shape) == 1:
+        flat, index = values.detach().reshape(-1), indices.reshape(-1)
+
+        def add(block: slice) -> Tensor:
+            weights = _at_least_float32(flat[block])
+            return torch.bincount(index[block], weights=weights, minlength=shape[0])
+
+        sums = torch.stack(_in_threads(add, index, _SUMMED))
+        return sums.sum(0, dtype=torch.float64).to(values.dtype)
+    flat, index = values.detach().flatten(1), indices.flatten(1)
+    total = _at_least_float32(torch.zeros(shape, dtype=values.dtype))
+
+    def add_rows(block: slice) -> None:
+        total[block].scatter_add_(1, index[block].long(), _at_least_float32(flat[block]))
+
+    _in_threads(add_rows, index, _SUMMED)
     return total.to(values.dtype)
 
 
@@ -72,19 +123,19 @@ class _Lookup(torch.autograd.Function):
     """`lookup` as autograd sees it; the adjoint of `_GroupedSum`."""
 
     @staticmethod
-    def forward(table: Tensor, indices: Tensor) -> Tensor:
-        return _gather(table, indices)
+    def forward(table: Tensor, indices: Tensor, memory: Memory | None) -> Tensor:
+        return _gather(table, indices, memory)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        table, indices = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        table, indices, _ = inputs
         ctx.save_for_backward(indices)
         ctx.shape = table.shape
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (indices,) = ctx.saved_tensors
-        return _apply(_GroupedSum, grad, indices, ctx.shape), None
+        return _apply(_GroupedSum, grad, indices, ctx.shape), None, None
 
 
 class _GroupedSum(torch.autograd.Function):
@@ -101,28 +152,28 @@ class _GroupedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (indices,) = ctx.saved_tensors
-        return _apply(_Lookup, grad, indices), None, None
+        return _apply(_Lookup, grad, indices, None), None, None
 
 
 class _LookupThrough(torch.autograd.Function):
     """A lookup whose gradient also passes straight through to a weight behind it."""
 
     @staticmethod
-    def forward(table: Tensor, indices: Tensor, through: Tensor) -> Tensor:
-        return _gather(table, indices)
+    def forward(table: Tensor, indices: Tensor, through: Tensor, memory: Memory | None) -> Tensor:
+        return _gather(table, indices, memory)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        table, indices, _ = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        table, indices, *_ = inputs
         ctx.save_for_backward(indices)
         ctx.shape = table.shape
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         (indices,) = ctx.saved_tensors
         for_table = grouped_sum(grad, indices, ctx.shape) if ctx.needs_input_grad[0] else None
-        return for_table, None, grad if ctx.needs_input_grad[2] else None
+        return for_table, None, grad if ctx.needs_input_grad[2] else None, None
 
 
 def _must_be_traceable() -> bool:
@@ -135,35 +186,25 @@ def _apply(function: Any, *args: Any) -> Tensor:
     return result
 
 
-def _gather(table: Tensor, indices: Tensor) -> Tensor:
+def _gather(table: Tensor, indices: Tensor, memory: Memory | None) -> Tensor:
     if table.device.type != "cpu":
         return _plain_lookup(table, indices)
-    out = torch.empty(indices.shape, dtype=table.dtype)
-    flat, values = out.view(-1), table.reshape(-1)
+    out = (memory or Memory()).empty(indices.shape, table.dtype)
+    table = table.detach()
     if table.dim() == 1:
-        index = indices.reshape(-1)
-        for block in _blocks(index.numel()):
-            torch.index_select(values, 0, index[block].int(), out=flat[block])
-        return out
-    index, out2 = indices.flatten(1), out.view(out.shape[0], -1)
-    for rows in _row_blocks(index):
-        keys = _keys(index[rows], table.shape[1], rows.start)
-        torch.index_select(values, 0, keys.view(-1), out=out2[rows].view(-1))
+        index, flat = indices.reshape(-1), out.view(-1)
+
+        def gather(block: slice) -> None:
+            torch.index_select(table, 0, index[block].int(), out=flat[block])
+
+    else:
+        index, flat = indices.flatten(1), out.view(len(out), -1)
+
+        def gather(block: slice) -> None:
+            torch.gather(table[block], 1, index[block].long(), out=flat[block])
+
+    _in_threads(gather, index, _GATHERED)
     return out
-
-
-def _grouped_sum_by_row(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
-    flat, index, k = values.flatten(1), indices.flatten(1), shape[1]
-    total = torch.empty(shape, dtype=values.dtype)
-    for rows in _row_blocks(index):
-        count = rows.stop - rows.start
-        sums = torch.bincount(
-            _keys(index[rows], k, 0).view(-1),
-            weights=_at_least_float32(flat[rows]).reshape(-1),
-            minlength=count * k,
-        )
-        total[rows] = sums.view(count, k).to(values.dtype)
-    return total
 
 
 def _plain_lookup(table: Tensor, indices: Tensor) -> Tensor:
@@ -199,17 +240,39 @@ def _at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
-def _keys(indices: Tensor, k: int, first_row: int) -> Tensor:
-    """Positions in the flattened table: the index plus its row's offset, int32."""
-    offsets = torch.arange(first_row, first_row + indices.shape[0], dtype=torch.int32) * k
-    return indices.int().add_(offsets[:, None])
+def _in_threads(function: Callable[[slice], T], index: Tensor, elements: int) -> list[T]:
+    """Results of `function` for all blocks, in order; each thread takes a few runs of blocks."""
+    blocks, threads = _blocks(index, elements), torch.get_num_threads()
+    if threads == 1 or index.numel() < _THREADED:
+        return [function(block) for block in blocks]
+    mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
+    size = -(-len(blocks) // (4 * threads))
+
+    def run(start: int) -> list[T]:
+        with mode():
+            return [function(block) for block in blocks[start : start + size]]
+
+    runs = _pool(threads).map(run, range(0, len(blocks), size))
+    return list(itertools.chain.from_iterable(runs))
 
 
-def _blocks(n: int) -> Iterator[slice]:
-    return (slice(start, min(start + _BLOCK, n)) for start in range(0, n, _BLOCK))
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="torchclust")
 
 
-def _row_blocks(indices: Tensor) -> Iterator[slice]:
-    rows, columns = indices.shape
-    step = max(1, _BLOCK // max(1, columns))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+if hasattr(os, "register_at_fork"):  # threads do not live on in a forked child: it starts its own
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _users(storage: torch.UntypedStorage) -> int:
+    """How many tensors and handles share a storage; torch's CUDA graphs ask the same."""
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count
+
+
+def _blocks(index: Tensor, elements: int) -> list[slice]:
+    """Slices of neighbouring rows that hold about so many elements, at least one row each."""
+    rows = len(index)
+    step = max(1, elements * rows // max(1, index.numel()))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchclust.codebook import Codebook, fit_codebook
 from torchclust.config import ClusterConfig
 from torchclust.integer_codebook import fit_integer_codebook
-from torchclust.lookup import grouped_sum, lookup
+from torchclust.lookup import Memory, grouped_sum, lookup
 from torchclust.nearest import assign, count_below
 
 _PARAMETERS = ("centroids", "relative_scale")
@@ -56,6 +56,7 @@ class ClusteredWeight(nn.Module):
         self.shape = tensors["indices" if config.assignment == "fixed" else "original"].shape
         self.first_original: Tensor | None = tensors["original"]
         self._cached: _Cached | None = None
+        self._memory = Memory()
         for name, tensor in tensors.items():
             if name in _PARAMETERS:
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad))
@@ -71,6 +72,7 @@ class ClusteredWeight(nn.Module):
         sources = [original, *self._parameters.values(), *self._buffers.values()]
         tensors = [tensor for tensor in sources if tensor is not None]
         if self._cached is None or not self._cached.holds(tensors):
+            self._cached = None  # its memory is the new one's
             self._cached = _Cached(self._evaluate(original), tensors)
         return self._cached.value
 
@@ -110,7 +112,7 @@ class ClusteredWeight(nn.Module):
             members = self._fold(grouped_sum(ones.expand(indices.shape), indices, shape))
             codebook = _scale_gradient(codebook, members.clamp_min(1).reciprocal())
         through = None if self.config.assignment == "fixed" else self._rows(original)
-        return self._rows(lookup(self._table(codebook), indices, through))
+        return self._rows(lookup(self._table(codebook), indices, through, self._memory))
 
     def _indices(self, original: Tensor, codebook: Tensor) -> Tensor:
         """Indices with output channels first, as `lookup` wants them beside a table of rows."""
