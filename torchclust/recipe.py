@@ -13,7 +13,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -37,6 +37,8 @@ from torchclust.config import (
 )
 
 AnyPath = Annotated[Path, Field(strict=False)]
+
+Schedule = Literal["constant", "cosine"]  # of the learning rate; cosine falls to 0
 
 
 class RecipeError(ValueError):
@@ -207,6 +209,9 @@ class FinetuneSection(Section):
 
     epochs: int = Field(1, ge=0, description="passes over the training set")
     lr_scale: float = Field(0.1, gt=0, description="times train.lr (1e-3 where that is absent)")
+    schedule: Schedule = Field(
+        "constant", description="of the rate: constant, or cosine, down to 0 over the epochs"
+    )
     quantize_activations: bool = Field(False, description="fake-quantize activations meanwhile")
     labels: bool = Field(True, description="false: 512 images and the unclustered model")
 

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pytorch_lightning.callbacks import Callback
@@ -37,7 +37,7 @@ from torchclust.data import Batch, loader, samples
 from torchclust.encoded_size import encoded_bytes
 from torchclust.lightning import WeightClustering
 from torchclust.prepare import Prepared, clustered_copy
-from torchclust.recipe import ClusterSection
+from torchclust.recipe import ClusterSection, Schedule
 from torchclust.training import GradualPruning, accuracy, fit
 
 Result = dict[str, Any]
@@ -161,6 +161,14 @@ def train_networks(prepared: Prepared, stages: Stages) -> Networks:
     return Networks(trained, control, compressed, accuracy, chosen)
 
 
+class Phase(NamedTuple):
+    """One call of `fit`, as the arguments of that name."""
+
+    epochs: int
+    lr: float
+    schedule: Schedule = "constant"
+
+
 class _Training:
     """One method per stage: each returns the stage's model and its accuracy."""
 
@@ -172,13 +180,15 @@ class _Training:
     def train(self) -> tuple[nn.Module, float]:
         section = self.recipe.train
         epochs = section.epochs if section else 0
-        return self._stage("train", {}, lambda: self._fit(self.start, [(epochs, self.recipe.lr)]))
+        plan = [Phase(epochs, self.recipe.lr)]
+        return self._stage("train", {}, lambda: self._fit(self.start, plan))
 
     def control(self, trained: nn.Module) -> tuple[nn.Module, float]:
         prune, finetune = self.recipe.prune, self.recipe.finetune
-        plan = [(prune.epochs, self.recipe.lr)] if prune else []
+        plan = [Phase(prune.epochs, self.recipe.lr)] if prune else []
         if finetune and finetune.labels:
-            plan += [(finetune.epochs, self.recipe.lr * finetune.lr_scale)]
+            lr = self.recipe.lr * finetune.lr_scale
+            plan += [Phase(finetune.epochs, lr, finetune.schedule)]
         return self._stage("control", {"plan": plan}, lambda: self._fit(trained, plan))
 
     def clustering_with(self, section: ClusterSection) -> _Training:
@@ -243,7 +253,8 @@ class _Training:
             strip=False,
             quantize_activations=section.quantize_activations,
         )
-        return self._fit(clustered, [(section.epochs, self.recipe.lr)], [callback])
+        phase = Phase(section.epochs, self.recipe.lr, section.schedule)
+        return self._fit(clustered, [phase], [callback])
 
     def _distilled(self, clustered: nn.Module, teacher: nn.Module, images: Tensor) -> nn.Module:
         section = self.recipe.finetune
@@ -270,7 +281,7 @@ class _Training:
     def prune(self, trained: nn.Module) -> tuple[nn.Module, float]:
         section = self.recipe.prune
         assert section is not None
-        plan = [(section.epochs, self.recipe.lr)]
+        plan = [Phase(section.epochs, self.recipe.lr)]
 
         def pruned() -> nn.Module:
             return self._fit(trained, plan, [GradualPruning(section.sparsity)])
@@ -280,19 +291,18 @@ class _Training:
     def _fit(
         self,
         start: nn.Module,
-        plan: list[tuple[int, float]],
+        plan: list[Phase],
         callbacks: Sequence[Callback] = (),
     ) -> nn.Module:
-        """Train a copy of `start` for each (epochs, learning rate) of the plan."""
+        """Train a copy of `start` in the phases of the plan."""
         model = copy.deepcopy(start)
-        for epochs, lr in plan:
-            if epochs:
+        for phase in plan:
+            if phase.epochs:
                 batch_size, seed = self.recipe.data.batch_size, self.recipe.seed
                 fit(
                     model,
                     loader(self.data.train, batch_size, seed=seed),
-                    epochs=epochs,
-                    lr=lr,
+                    **phase._asdict(),
                     seed=seed,
                     callbacks=callbacks,
                     progress=self.stages.progress,

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torchclust.data import Batch
+from torchclust.recipe import Schedule
 
 
 class Classifier(pl.LightningModule):
-    """A `model` from images to logits, cross-entropy, and Adam at the constant rate `lr`."""
+    """A `model` from images to logits, cross-entropy, and Adam at `lr`, or from there down to 0."""
 
-    def __init__(self, model: nn.Module, lr: float) -> None:
+    def __init__(self, model: nn.Module, lr: float, schedule: Schedule) -> None:
         super().__init__()
-        self.model, self.lr = model, lr
+        self.model, self.lr, self.schedule = model, lr, schedule
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean cross-entropy of a batch, and show it in the progress bar."""
@@ -33,9 +34,15 @@ class Classifier(pl.LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return Adam over the parameters that train."""
-        return torch.optim.Adam((p for p in self.parameters() if p.requires_grad), lr=self.lr)
+    def configure_optimizers(self) -> Any:
+        """Return Adam over the parameters that train, and the schedule of its rate."""
+        trained = (p for p in self.parameters() if p.requires_grad)
+        optimizer = torch.optim.Adam(trained, lr=self.lr)
+        if self.schedule == "constant":
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return [optimizer], [{"scheduler": cosine, "interval": "step"}]
 
 
 def fit(
@@ -44,6 +51,7 @@ def fit(
     *,
     epochs: int,
     lr: float,
+    schedule: Schedule = "constant",
     seed: int,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
@@ -67,7 +75,7 @@ def fit(
         )
         before = signal.getsignal(signal.SIGINT)
         try:
-            trainer.fit(Classifier(model.train(), lr), batches)
+            trainer.fit(Classifier(model.train(), lr, schedule), batches)
         except SystemExit:
             if not trainer.interrupted:
                 raise
