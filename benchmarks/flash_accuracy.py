@@ -1,12 +1,14 @@
 """Flash against accuracy on Fashion-MNIST: int8 codebooks, other ways, and no clustering.
 
-    python benchmarks/flash_accuracy.py [--seeds 0 1 2] [--batch-norm off on] [--points mixed curve cqat]
+    python benchmarks/flash_accuracy.py [--seeds 0 1 2] [--batch-norm off on]
+                                        [--points mixed curve cqat]
     python benchmarks/flash_accuracy.py --table          # means over the seeds measured so far
     python benchmarks/flash_accuracy.py --plot docs/flash_accuracy.png
 
 The network and training of recipes/fashion_cnn.yaml: 6 epochs of Adam at 1e-3, batches of 250, then
-2 epochs from 3e-4 down to 0 along a cosine, the unclustered control too. Every point goes through export, LiteRT's kernels on
-all 10,000 test images, and Vela for ethos-u55-128 (Ethos_U55_High_End_Embedded, Shared_Sram).
+2 epochs from 3e-4 down to 0 along a cosine, the unclustered control too. Every point goes through
+export, LiteRT's kernels on all 10,000 test images, and Vela for ethos-u55-128
+(Ethos_U55_High_End_Embedded, Shared_Sram).
 Results are appended to runs/flash_accuracy/results.jsonl, so an interrupted run goes on; trained
 networks are kept beside it.
 """
