@@ -153,22 +153,22 @@ def test_a_budget_is_used_after_finetuning_and_never_exceeded(ratio: float, budg
     truth = Sections(dict.fromkeys(keys, ratio))
     combinations = [
         (sum(truth.size(n, c.n_clusters) for n, c in zip(CURVES, cs, strict=True)),
-         sum(c.loss for c in cs), tuple(c.n_clusters for c in cs))
+         sum(c.loss for c in cs))
         for cs in itertools.product(*CURVES.values())
     ]  # fmt: skip
     possible = [found for found in combinations if found[0] <= budget * 1024]
-    if not possible:
-        least = min(size for size, _, _ in combinations) / 1024
+    if budget * 1024 < 70_500 or not possible:
+        least = 70_500 * (ratio if budget * 1024 >= 70_500 else 1) / 1024
         with pytest.raises(RecipeError, match=rf"least possible is {least:.1f}:  --set cluster.bu"):
             _within_budget(budget, CURVES, truth.of, truth.sizes)
+        assert len(truth.trained) == (budget * 1024 >= 70_500)
         return
     chosen = _within_budget(budget, CURVES, truth.of, truth.sizes)
-    assert (
-        tuple(c.n_clusters for c in chosen.allocation.values())
-        == min(possible, key=lambda f: f[1])[2]
-    )
+    assert chosen.loss <= min(loss for _, loss in possible) / 0.9
     assert chosen.n_bytes == sum(truth.size(n, c.n_clusters) for n, c in chosen.allocation.items())
+    assert chosen.n_bytes <= budget * 1024
     assert len(set(truth.trained)) == len(truth.trained) <= 3
+    assert ratio != 1 or len(truth.trained) == 1
 
 
 def test_a_budget_holds_where_tensors_shrink_differently() -> None:

@@ -4,9 +4,9 @@ Every free tensor is clustered alone into each of several numbers of clusters, w
 loss (`torchclust.sensitivity`); `torchclust.allocation` shares the budget. What comes out is an
 ordinary list of rules, with which the same recipe runs again without choosing anything.
 
-Fine-tuning changes how well weights encode: with ``assignment: nearest`` they settle where more of
-them share a code, and take 10-15 % less. So for a budget the model is fine-tuned with the first
-choice, every tensor's bytes are corrected by what came out, and the budget is shared anew.
+Fine-tuning with ``assignment: nearest`` moves weights from code to code, and so the bytes that they
+encode to. So the budget is compared with the fine-tuned model; where that is over it, or leaves
+room for a better choice, every tensor's bytes are corrected by what came out and shared anew.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from torchclust.training import accuracy
 
 IMAGES = 1024  # unlabelled training images behind every loss
 LABELLED = 4000  # training images behind every accuracy
-_ROUNDS = 3  # of fine-tuning and correcting; two are usual
+_ROUNDS = 3  # of fine-tuning and correcting; one is usual
+_BETTER = 0.9  # of the loss: what makes another round worth its time
 _KIB = 1024
 
 
@@ -156,20 +157,21 @@ def _within_budget(
     sizes_of: Callable[[ClusterSection], dict[str, int]],
 ) -> Chosen:
     """Return the choice of least loss that is in the budget (KiB) after fine-tuning."""
-    reached: dict[tuple[int | None, ...], Chosen] = {}
+    fitting: list[Chosen] = []
     for _ in range(_ROUNDS):
         best = Allocations(curves)
-        allocation = best.within(max(budget * _KIB, best.least))
-        numbers = tuple(choice.n_clusters for choice in allocation.values())
-        if numbers in reached:
+        if budget * _KIB < best.least:
             break
-        section = section_of(allocation)
-        sizes = sizes_of(section)
-        reached[numbers] = Chosen(section, allocation).measured(sizes)
+        allocation = best.within(budget * _KIB)
+        tried = Chosen(section_of(allocation), allocation)
+        if fitting and tried.loss > _BETTER * min(chosen.loss for chosen in fitting):
+            break
+        sizes = sizes_of(tried.section)
         curves = rescaled(curves, allocation, sizes)
-    fitting = [chosen for chosen in reached.values() if chosen.n_bytes <= budget * _KIB]
+        if tried.measured(sizes).n_bytes <= budget * _KIB:
+            fitting.append(tried.measured(sizes))
     if not fitting:
-        least = min(chosen.n_bytes for chosen in reached.values()) / _KIB
+        least = Allocations(curves).least / _KIB
         raise RecipeError(
             f"cluster.budget: {budget:g} KiB do not hold the weights; the least possible is "
             f"{least:.1f}:  --set cluster.budget={math.ceil(least)}"
