@@ -212,6 +212,17 @@ def test_named_blocks() -> None:
         )
 
 
+def test_a_block_without_floating_point_outputs_is_refused() -> None:
+    class Signs(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x > 0).long()
+
+    teacher = nn.Sequential(nn.Linear(6, 40), nn.Sequential(nn.Linear(40, 40), Signs()))
+    model = torchclust.cluster_(copy.deepcopy(teacher), 5)
+    with pytest.raises(ValueError, match=r"gives no floating-point tensor; name other blocks"):
+        torchclust.distill_(model, teacher, torch.randn(4, 6), steps=1, blocks=["1"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -437,7 +437,7 @@ def test_a_clustered_weight_that_the_converter_changes_is_refused(tmp_path: Path
     images = torch.randn(2, 8)
     with pytest.raises(ExportError, match=match):
         to_tflite(cluster_(Squared(), 4), images, tmp_path / "a", calibration=[images])
-    with pytest.warns(UserWarning, match=match):
+    with pytest.warns(UserWarning, match=match + ".*, if it was clustered: it holds few values"):
         to_tflite(strip_(cluster_(Squared(), 4)), images, tmp_path / "a", calibration=[images])
 
 
@@ -448,6 +448,29 @@ def test_what_the_converter_cannot_take_is_one_error(tmp_path: Path) -> None:
 
     with pytest.raises(ExportError, match=r"litert-torch cannot convert Unsupported: "):
         to_tflite(Unsupported(), IMAGES, tmp_path / "a", calibration=[IMAGES])
+
+
+@pytest.mark.parametrize(
+    ("function", "match"),
+    [
+        (lambda x: x.topk(2).values, r"LiteRT cannot run this file: .*\n.*sort or topk"),
+        (
+            lambda x: x.scatter(1, torch.zeros(1, 1, dtype=torch.long), 1.0),
+            r"the quantizer cannot quantize this model: .*parameters for tensor",
+        ),
+    ],
+)
+def test_what_litert_and_its_quantizer_cannot_take_is_one_error(
+    function: Callable[[Tensor], Tensor], match: str, tmp_path: Path
+) -> None:
+    class Unsupported(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(super().forward(x))
+
+    x = torch.randn(4, 8)
+    with pytest.raises(ExportError, match=match):
+        to_tflite(Unsupported(nn.Linear(8, 8)), x, tmp_path / "a", calibration=[x])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

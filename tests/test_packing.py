@@ -339,7 +339,7 @@ def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
         save_packed(Extra(2, 2), file)
     model = nn.Module()
     model.register_buffer("odd", torch.eye(3).to_sparse())
-    with pytest.raises(TypeError, match=r"'odd' is torch.float32 \(torch.sparse_coo\), which a"):
+    with pytest.raises(TypeError, match=r"\(torch.sparse_coo\), which a packed file cannot hold"):
         save_packed(model, file)
     with pytest.raises(ValueError, match=r"'weight' is on the meta device and has no values"):
         save_packed(nn.Linear(2, 2, device="meta"), file)

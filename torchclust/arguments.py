@@ -66,7 +66,10 @@ def as_float_tensor(name: str, given: Tensor | npt.ArrayLike) -> Tensor:
         data = torch.from_numpy(native if native.flags.writeable else native.copy())
         data = data.reshape(array.shape)
     if data.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {data.dtype}")
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {data.dtype}. "
+            f"Convert it first:  {name}.to(torch.float32)"
+        )
     return data
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchclust.export import backends
+from torchclust.export.backends import ExportError, first_line
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -23,23 +24,30 @@ class Runner:
         keep_all: keep every intermediate tensor for `tensor`.
         reference: LiteRT's reference kernels, which tflite-micro equals to the bit; else the fast
             ones.
+
+    Raises:
+        ExportError: LiteRT has no kernel for an operator of the file.
     """
 
     def __init__(self, content: bytes, *, keep_all: bool = False, reference: bool = True) -> None:
         litert = backends.interpreter()
         resolver = litert.OpResolverType
-        with backends.quietly():
-            self._interpreter = litert.Interpreter(
-                model_content=content,
-                num_threads=torch.get_num_threads(),
-                experimental_op_resolver_type=(
-                    resolver.BUILTIN_REF
-                    if reference
-                    else resolver.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-                ),
-                experimental_preserve_all_tensors=keep_all,
-            )
-            self._interpreter.allocate_tensors()
+        kernels = resolver.BUILTIN_REF if reference else resolver.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+        try:
+            with backends.quietly():
+                self._interpreter = litert.Interpreter(
+                    model_content=content,
+                    num_threads=torch.get_num_threads(),
+                    experimental_op_resolver_type=kernels,
+                    experimental_preserve_all_tensors=keep_all,
+                )
+                self._interpreter.allocate_tensors()
+        except (RuntimeError, ValueError) as error:
+            raise ExportError(
+                f"LiteRT cannot run this file: {first_line(error)}\n"
+                "An operator without a kernel, such as sort or topk, has to stay outside: "
+                "export the part of the model before it"
+            ) from error
         self._inputs = self._interpreter.get_input_details()
         self._outputs = self._interpreter.get_output_details()
 
