@@ -173,7 +173,10 @@ def test_recordings_follow_the_published_lists(recordings: Path) -> None:
             lambda root: (root / "testing_list.txt").write_text(""),
             r"\d+ clips for training and 0 for testing",
         ),
-        (lambda root: write_wav(root / "up" / "0.wav", tone(99), rate=8000), "16 bits at 8,000"),
+        (
+            lambda root: write_wav(root / "up" / "0.wav", tone(99), rate=8000),
+            r"should be one channel of 16 bits at 16,000 Hz, but has 1 of 16 bits at 8,000 Hz",
+        ),
         (lambda root: (root / "up" / "0.wav").write_bytes(b"RIFF"), r"cannot read the recording"),
     ],
 )
