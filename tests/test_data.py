@@ -71,7 +71,10 @@ def test_idx_missing_names_the_package_and_the_key(tmp_path: Path) -> None:
     [
         (b"", "not an IDX file"),
         (b"\0\0\x0d\x01\0\0\0\x01\0\0\0\0", "not an IDX file of unsigned bytes"),
-        (b"\0\0\x08\x01\0\0\0\x0bxxxxxxxxxx", "truncated: 18 bytes for the shape"),
+        (
+            b"\0\0\x08\x01\0\0\0\x0bxxxxxxxxxx",
+            r"truncated: 18 bytes for the shape \(11,\); copy it anew",
+        ),
         (b"\0\0\x08\x03\0\0\0\x0b", "truncated: 8 bytes"),
         (b"\0\0\x08\x01\0\0\0\x02ab", "do not belong together"),
     ],

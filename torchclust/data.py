@@ -88,7 +88,9 @@ class ImageFolder(Dataset[Batch]):
             with Image.open(file) as opened:
                 image = opened.convert("RGB")
         except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"cannot read the image {file}: {error}") from error
+            raise DataError(
+                f"cannot read the image {file}: {error}; replace it or delete it"
+            ) from error
         scale = self.size * 8 / 7 / min(image.size)
         width, height = (max(self.size, round(side * scale)) for side in image.size)
         left, top = (width - self.size) // 2, (height - self.size) // 2
@@ -160,7 +162,7 @@ def fashion_mnist(root: Path = FASHION_MNIST_ROOT) -> Data:
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
             raise DataError(
                 f"the IDX files in {root} do not belong together: "
-                f"images {images.shape}, labels {labels.shape}"
+                f"images {images.shape}, labels {labels.shape}; copy all four anew"
             )
     return _arrays(train[0][:, None], train[1], test[0][:, None], test[1])
 
@@ -245,10 +247,14 @@ def _read_idx(root: Path, stem: str) -> NDArray[np.uint8]:
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {file}: {error}") from error
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise DataError(f"{file} is not an IDX file of unsigned bytes: it starts {raw[:4]!r}")
+        raise DataError(
+            f"{file} is not an IDX file of unsigned bytes: it starts {raw[:4]!r}; copy it anew"
+        )
     shape = (
         tuple(np.frombuffer(raw, ">u4", raw[3], 4).tolist()) if len(raw) >= 4 + 4 * raw[3] else ()
     )
     if len(raw) != 4 + 4 * raw[3] + math.prod(shape) or not shape:
-        raise DataError(f"{file} is truncated: {len(raw)} bytes for the shape {shape}")
+        raise DataError(
+            f"{file} is truncated: {len(raw)} bytes for the shape {shape}; copy it anew"
+        )
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()

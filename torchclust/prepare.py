@@ -62,7 +62,7 @@ def clustered_copy(recipe: Recipe, model: nn.Module, inputs: Tensor | None = Non
     """
     section = recipe.cluster
     if section is None:
-        raise RecipeError("the recipe has no section cluster")
+        raise RecipeError("the recipe has no section cluster; add one:  cluster: {n_clusters: 16}")
     rules = section.all_rules
     return torchclust.cluster_(
         copy.deepcopy(model), rules, inputs=inputs, seed=recipe.seed, **section.options

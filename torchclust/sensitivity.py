@@ -59,7 +59,10 @@ def fisher_information(
                 squared = gradient.detach().float().square()
                 total[name] = total[name] + squared if name in total else squared
     if count == 0:
-        raise ValueError("fisher_information needs at least one batch, got none")
+        raise ValueError(
+            "fisher_information needs at least one batch, got none. An iterator that was read "
+            "before gives nothing any more; pass a list or a DataLoader"
+        )
     return {name: squared / count for name, squared in total.items()}
 
 

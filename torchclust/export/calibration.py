@@ -120,7 +120,11 @@ class Histogram:
         self.high = max(self.high, float(values.max()))
         peak = max(-self.low, self.high)
         if not math.isfinite(peak):
-            raise ValueError("calibration made an activation infinite or NaN in the float model")
+            raise ValueError(
+                "calibration made an activation infinite or NaN in the float model. The usual "
+                "causes are weights that diverged and masks of infinity: look at "
+                "torch.isfinite(model(x)), and mask with a finite number"
+            )
         if not count:
             return
         if peak > 0 and self.limit == 0:
