@@ -136,6 +136,10 @@ def activation_ranges(model: nn.Module) -> dict[str, Range]:
     A name tells where the tensor comes up: the module's path, the operator, and ``#n`` from the
     second use on, as in ``layer1.0.relu#1:relu``. Ranges are those of scale and zero point, so
     they contain 0.
+
+    Example:
+        >>> activation_ranges(quantize_activations_(torch.nn.ReLU(), torch.tensor([-1.0, 2.0])))
+        {':input': (-1.0, 2.0), ':relu': (0.0, 2.0)}
     """
     found = {}
     for path, root in quantized_modules(model):

@@ -60,6 +60,14 @@ class Clustering:
     Attributes:
         module: the module that owns the tensor (the first, where it is tied).
         tensor_name: its attribute there, for example ``"weight"``.
+
+    Example:
+        >>> model = cluster_(torch.nn.Linear(64, 64), 4, codebook_dtype="int8")
+        >>> ((name, clustering),) = named_clusterings(model)
+        >>> name, clustering.n_clusters, clustering.indices.shape, clustering.scale.shape
+        ('weight', 4, torch.Size([64, 64]), torch.Size([64]))
+        >>> len(clustering.codes)  # -m, 0, m
+        3
     """
 
     module: nn.Module
@@ -304,6 +312,19 @@ def refit_(model: ModuleT, *, seed: int = 0) -> ModuleT:
 
     With ``"nearest"`` those are the weights that train behind the lookup. Codebooks may change
     their size, so build the optimizer after it.
+
+    Args:
+        model: clustered; tensors that are not stay as they are.
+        seed: for the inits that draw at random.
+
+    Returns:
+        The same object.
+
+    Example:
+        >>> model = cluster_(torch.nn.Linear(64, 64), 4, assignment="nearest")
+        >>> _ = model.parametrizations.weight.original.data.mul_(2)  # training, in short
+        >>> refit_(model).weight.unique().numel()
+        4
     """
     tasks = [(slot, config) for slot, config in _clustered_slots(model)]
     fits = _in_threads(lambda task: _fit_slot(task[0], task[1], None, seed), tasks)
@@ -376,7 +397,13 @@ def restore_structure_(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def named_clusterings(model: nn.Module) -> Iterator[tuple[str, Clustering]]:
-    """Iterate over ``(parameter_name, Clustering)``; a tied tensor comes once, first name."""
+    """Iterate over ``(parameter_name, Clustering)``; a tied tensor comes once, first name.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        >>> [name for name, _ in named_clusterings(cluster_(model, {"1.weight": 4}))]
+        ['1.weight']
+    """
     seen: set[int] = set()
     for path, module, name in _clustered_places(model):
         parametrization = _parametrization(module, name)
@@ -386,7 +413,13 @@ def named_clusterings(model: nn.Module) -> Iterator[tuple[str, Clustering]]:
 
 
 def is_clustered(module: nn.Module, tensor_name: str | None = None) -> bool:
-    """Whether a module's tensor is clustered; without a name, whether any tensor in it is."""
+    """Whether a module's tensor is clustered; without a name, whether any tensor in it is.
+
+    Example:
+        >>> layer = cluster_(torch.nn.Linear(8, 8), 4)
+        >>> is_clustered(layer), is_clustered(layer, "weight"), is_clustered(layer, "bias")
+        (True, True, False)
+    """
     if tensor_name is None:
         return next(_clustered_places(module), None) is not None
     return _parametrization(module, tensor_name) is not None

@@ -71,6 +71,13 @@ class PackedSize:
     Attributes:
         bytes: of the whole file.
         rows: its tensors in order; a tied tensor once.
+
+    Example:
+        >>> import tempfile, torch, torchclust
+        >>> model = torchclust.cluster_(torch.nn.Linear(256, 256), 4)
+        >>> size = torchclust.save_packed(model, tempfile.mkdtemp() + "/model.packed")
+        >>> size.rate > 13, list(size.stages)
+        (True, ['dense', 'pruned', 'clustered', 'packed'])
     """
 
     bytes: int

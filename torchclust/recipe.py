@@ -308,7 +308,13 @@ def load_recipe(file: Path | str, settings: Iterable[str] = ()) -> Recipe:
 
 
 def parse_recipe(content: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
-    """Check a recipe that is already a mapping; `source` begins the error message."""
+    """Check a recipe that is already a mapping; `source` begins the error message.
+
+    >>> content = {"name": "mine", "data": "mnist5k", "model": "arm_mlp", "train": {"epochs": 1}}
+    >>> recipe = parse_recipe(content)
+    >>> recipe.train.lr, recipe.cluster
+    (0.001, None)
+    """
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
