@@ -1,6 +1,7 @@
 """Recipes: what is accepted, what is refused and in which words, and every one that is shipped."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import yaml
 
 from torchclust import ClusterConfig, named_clusterings
 from torchclust import prepare as preparing
+from torchclust.cli import parser
 from torchclust.data import Data, ImageArrays
 from torchclust.prepare import clustered_copy, load_checkpoint_, prepare
 from torchclust.recipe import (
@@ -24,7 +26,11 @@ from torchclust.recipe import (
 from torchclust.stages import Stages, train_networks
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-SHIPPED = {"mnist_cnn", "fashion_cnn", "lenet_300_100", "lenet_5", "arm_mlp"}
+SHIPPED = {
+    *("mnist_cnn", "mnist_convnet", "fashion_cnn", "lenet_300_100", "lenet_5", "arm_mlp"),
+    *("kws_ds_cnn_l", "mobilenet_v1", "mobilenet_v1_fashion", "mobilenet_v2"),
+    "mobilenet_v2_fashion",
+}
 BASE = """
 name: test
 data: {name: mnist5k, batch_size: 32}
@@ -47,6 +53,8 @@ def file(tmp_path: Path) -> Path:
 def fake_data(section: DataSection, count: int = 40) -> Data:
     """Noise in the shape of the data set that a recipe names."""
     shapes = {"mnist5k": (1, 28, 28), "fashion_mnist": (1, 28, 28)}
+    if section.name == "speech_synthetic":
+        shapes, count = {section.name: (1, 49, 10)}, 12
     size = section.image_size or 224
     shape = shapes.get(section.name, (3, size, size))
     images = np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
@@ -268,12 +276,31 @@ def test_shipped_recipes_run(path: Path, tmp_path: Path, monkeypatch) -> None:
     for section, keys in short.items():
         if section in content:
             content[section].update(keys)
+    if "image_size" in content["data"]:  # for ImageNet: narrow networks on small images
+        content["data"]["image_size"] = 32
+        content["model"]["width"] = 0.25
     networks = train_networks(prepare(parse_recipe(content)), Stages(tmp_path, progress=False))
     if recipe.cluster is not None:
         clusterings = dict(named_clusterings(networks.compressed))
         assert clusterings
         for name, clustering in clusterings.items():
             assert len(clustering.indices.unique()) <= clustering.n_clusters, name
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_commands_in_headers_are_valid(path: Path, monkeypatch) -> None:
+    """What a header says to type is what the command line takes, and its settings fit."""
+    monkeypatch.chdir(path.parent.parent)
+    text = path.read_text().partition("\nname:")[0].replace("\\\n#", "")
+    lines = [line.lstrip("# ").partition("    ")[0] for line in text.splitlines()]
+    commands = [shlex.split(line) for line in lines if line.startswith("torchclust ")]
+    assert commands
+    for _, *words in commands:
+        arguments = parser().parse_args(words)
+        if arguments.command == "run":
+            load_recipe(arguments.recipe, arguments.settings)
+        elif arguments.command == "sweep":
+            load_recipe(arguments.recipe)
 
 
 def test_recipe_reference_describes_every_key() -> None:

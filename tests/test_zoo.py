@@ -61,6 +61,8 @@ def test_width_scales_in_multiples_of_eight(name: str, size: int) -> None:
     assert {conv.out_channels % 8 for conv in convs} == {0}
     assert convs[0].stride == ((1, 1) if size < 64 else (2, 2))
     assert model(torch.randn(1, 1, size, size)).shape == (1, 10)
+    stem = next(iter(MODELS[name]((1, size, size), 10, width=0.35, stem_stride=2).children()))
+    assert stem.stride == (2, 2)
 
 
 def test_residuals_add_their_input() -> None:

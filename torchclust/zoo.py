@@ -118,17 +118,23 @@ def ds_cnn_l(input_shape: Shape = (1, 49, 10), n_classes: int = 12) -> nn.Module
 
 
 def mobilenet_v1(
-    input_shape: Shape = IMAGENET, n_classes: int = 1000, *, width: float = 1.0
+    input_shape: Shape = IMAGENET,
+    n_classes: int = 1000,
+    *,
+    width: float = 1.0,
+    stem_stride: int | None = None,
 ) -> nn.Module:
     """Build MobileNetV1 (Howard et al., 2017): 4,231,976 parameters and 569M MACs by default.
 
-    `width` multiplies every channel count. On inputs below 64 pixels the first convolution has
-    stride 1, as is customary for small images, so that the last maps keep more than one pixel.
+    `width` multiplies every channel count. The first convolution has `stem_stride`, by default the
+    paper's 2, but 1 on inputs below 64 pixels, as is customary for small images, so that the last
+    maps keep more than one pixel.
     """
     plan = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5]
     plan += [(1024, 2), (1024, 1)]
     channels = _scaled(32, width)
-    layers = [*_conv(input_shape[0], channels, 3, stride=_stem_stride(input_shape), relu=nn.ReLU6)]
+    stride = stem_stride or (2 if min(input_shape[1:]) >= 64 else 1)
+    layers = [*_conv(input_shape[0], channels, 3, stride=stride, relu=nn.ReLU6)]
     for outputs, stride in plan:
         layers.append(_separable(channels, _scaled(outputs, width), stride=stride, relu=nn.ReLU6))
         channels = _scaled(outputs, width)
@@ -136,7 +142,11 @@ def mobilenet_v1(
 
 
 def mobilenet_v2(
-    input_shape: Shape = IMAGENET, n_classes: int = 1000, *, width: float = 1.0
+    input_shape: Shape = IMAGENET,
+    n_classes: int = 1000,
+    *,
+    width: float = 1.0,
+    stem_stride: int | None = None,
 ) -> nn.Module:
     """Build MobileNetV2 (Sandler et al., 2018): 3,504,872 parameters and 300M MACs by default.
 
@@ -146,7 +156,8 @@ def mobilenet_v2(
     plan = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1)]
     plan += [(6, 160, 3, 2), (6, 320, 1, 1)]
     channels = _scaled(32, width)
-    layers = [*_conv(input_shape[0], channels, 3, stride=_stem_stride(input_shape), relu=nn.ReLU6)]
+    stride = stem_stride or (2 if min(input_shape[1:]) >= 64 else 1)
+    layers = [*_conv(input_shape[0], channels, 3, stride=stride, relu=nn.ReLU6)]
     for expansion, outputs, repeats, stride in plan:
         for i in range(repeats):
             block = _inverted(channels, _scaled(outputs, width), stride if i == 0 else 1, expansion)
@@ -252,10 +263,6 @@ def _scaled(channels: int, width: float) -> int:
     exact = channels * width
     rounded = max(8, int(exact + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * exact else rounded
-
-
-def _stem_stride(input_shape: Shape) -> int:
-    return 2 if min(input_shape[1:]) >= 64 else 1
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
