@@ -145,8 +145,8 @@ ROWS = (
         "lenet_5", "5,000 of MNIST", size="packed"),
 )  # fmt: skip
 
-HEAD = ("network", "published: accuracy, %", "size", "our data",
-        "our accuracy, %: control → clustered", "size", "int8 file, %: control → clustered",
+HEAD = ("network, clusters", "published: accuracy, %", "published: size", "our data",
+        "our accuracy, %: control → clustered", "our size", "int8 file, %: control → clustered",
         "Vela's encoded weights")  # fmt: skip
 
 
@@ -211,7 +211,7 @@ def table() -> str:
 CAPTION = (
     "Sizes are of zipped float .tflite files unless they say otherwise. *Control* is the same",
     "trained model, trained on for as long without clustering. Vela 5.2 for ethos-u55-128; means",
-    "over the seeds. Made by `benchmarks/results_table.py` from `benchmarks/results/`.",
+    "over the seeds, 1 kB is 1,000 bytes. Made by `benchmarks/results_table.py`.",
 )
 
 
