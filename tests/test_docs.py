@@ -8,6 +8,7 @@ document Python shares one namespace, and everything one scratch folder, from to
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import runpy
 import shlex
@@ -20,7 +21,9 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from test_recipe import fake_data
 
+import torchclust
 from torchclust import data as data_sets
+from torchclust import export
 from torchclust import prepare as preparing
 from torchclust.cli import main, parser
 from torchclust.recipe import parse_recipe
@@ -180,6 +183,17 @@ def test_the_recipe_reference_is_the_schemas() -> None:
     page = runpy.run_path(str(ROOT / "docs/recipe_reference.py"))["page"]()
     kept = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
     assert kept == page, "write it anew:  python docs/recipe_reference.py"
+
+
+def test_every_public_function_has_an_example() -> None:
+    """In its own docstring, or in that of its package; pytest runs them all as doctests."""
+    for module in (torchclust, export):
+        for name in module.__all__:
+            documented = getattr(module, name)
+            pages = (documented.__doc__ or "", module.__doc__ or "")
+            examples = re.findall(r"^ *(?:>>>|\.\.\.) (.*)$", "\n".join(pages), re.MULTILINE)
+            if inspect.isfunction(documented):
+                assert any(f"{name}(" in line for line in examples), name
 
 
 @pytest.mark.parametrize(

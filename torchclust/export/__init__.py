@@ -2,6 +2,22 @@
 
 Importing this costs nothing; LiteRT, its quantizer and Vela are imported when a function needs them
 (``pip install "torchclust[export]"``).
+
+Example:
+    >>> import pathlib, tempfile, torch
+    >>> from torchclust import cluster_
+    >>> conv = torch.nn.Conv2d(8, 32, 3)
+    >>> model = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(32), torch.nn.ReLU()).eval()
+    >>> model = cluster_(model, 8, codebook_dtype="int8")
+    >>> path, images = pathlib.Path(tempfile.mkdtemp()) / "model.tflite", torch.rand(4, 8, 8, 8)
+    >>> export = to_tflite(model, images, path, calibration=[images])
+    >>> export.tensors[0].parameter, export.tensors[0].int8_codes
+    ('0.weight', 7)
+    >>> [(row.operator, row.codes, row.scales) for row in inspect_tflite(path)]
+    [('CONV_2D', 7, 32)]
+    >>> report = vela(path, accelerator="ethos-u55-128")
+    >>> report.cpu_ops, report.encoded_weight_bytes < report.original_weight_bytes
+    (0, True)
 """
 
 from torchclust.export.backends import ExportError
