@@ -33,6 +33,7 @@ from torchclust.training import accuracy
 IMAGES = 1024  # unlabelled training images behind every loss
 LABELLED = 4000  # training images behind every accuracy
 _ROUNDS = 3  # of fine-tuning and correcting; one is usual
+_FIRST = 0.99  # of the budget: what the first round fills, as fine-tuning may add a little
 _BETTER = 0.9  # of the loss: what makes another round worth its time
 _KIB = 1024
 
@@ -158,11 +159,12 @@ def _within_budget(
 ) -> Chosen:
     """Return the choice of least loss that is in the budget (KiB) after fine-tuning."""
     fitting: list[Chosen] = []
-    for _ in range(_ROUNDS):
+    for number in range(_ROUNDS):
         best = Allocations(curves)
         if budget * _KIB < best.least:
             break
-        allocation = best.within(budget * _KIB)
+        room = budget * _KIB * (1 if number else _FIRST)
+        allocation = best.within(max(room, best.least))
         tried = Chosen(section_of(allocation), allocation)
         if fitting and tried.loss > _BETTER * min(chosen.loss for chosen in fitting):
             break
