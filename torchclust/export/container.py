@@ -18,10 +18,22 @@ _ALIGNMENT = 16  # bytes, as the schema demands of tensor data ("force_align")
 
 def inline_buffers(content: bytes) -> bytes:
     """The same model with all its buffers inside the flatbuffer, each aligned to 16 bytes."""
+    return pack(unpack(content), len(content))
+
+
+def unpack(content: bytes) -> Any:
+    """The schema's mutable ``ModelT``, every buffer's data in it."""
+    model = backends.schema().ModelT.InitFromPackedBuf(content, 0)
+    for buffer in model.buffers:
+        buffer.data = np.frombuffer(_data(buffer, content), np.uint8)
+    return model
+
+
+def pack(model: Any, size: int) -> bytes:
+    """A ``ModelT`` as a file of about `size` bytes."""
     schema = backends.schema()
-    model = schema.ModelT.InitFromPackedBuf(content, 0)
-    model.buffers = [_Aligned(schema, _data(buffer, content)) for buffer in model.buffers]
-    builder = backends.flatbuffers().Builder(len(content) + 4096)
+    model.buffers = [_Aligned(schema, buffer.data.tobytes()) for buffer in model.buffers]
+    builder = backends.flatbuffers().Builder(size + 4096)
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())
 

@@ -28,6 +28,7 @@ from torchclust.export.clustered import Placed, find_clustered, trained_codes
 from torchclust.export.graph import Graph, read_graph
 from torchclust.export.inspect import Port, count_operators, float_operators, port
 from torchclust.export.learned import find_learned
+from torchclust.export.pointwise import convolutions_for_linears
 from torchclust.export.quantize import quantize
 from torchclust.export.verify import Agreement, Comparison, TensorRow, check_codes
 
@@ -123,7 +124,9 @@ def to_tflite(
     _check_arguments(Path(path), calibration, float, ranges)
     prepared = layout.prepare(model, example_inputs, last=channels_last, float_file=float)
     samples = _samples(calibration, prepared)
-    content = bytearray(_convert(prepared))
+    content = bytearray(
+        _convert(prepared) if float else convolutions_for_linears(_convert(prepared))
+    )
     graph = read_graph(content)
     placed = find_clustered(graph, trained_codes(model, prepared), prepared.used)
     comparison = Comparison(prepared, graph)
