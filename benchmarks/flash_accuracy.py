@@ -50,8 +50,8 @@ def points() -> dict[str, tuple[Any, Mapping[str, str]]]:
     """Every point by name: rules and options; None is the unclustered control."""
     found: dict[str, tuple[Any, Mapping[str, str]]] = {
         "control": (None, {}),
-        "mixed 15/11": (mixed(16, 12), INT8),
-        "mixed 7/3": (mixed(8, 4), INT8),
+        "mixed 15/9": (mixed(16, 10), INT8),
+        "mixed 5/3": (mixed(6, 4), INT8),
         CQAT: (4, INT8),
     }
     for k, codes in CODES.items():
