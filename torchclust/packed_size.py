@@ -164,7 +164,10 @@ def packed_size(path: str | os.PathLike[str]) -> PackedSize:
         try:
             records = read_records(file)
         except PackedFileError as error:
-            raise PackedFileError(f"{os.fspath(path)!r}: {error}") from None
+            raise PackedFileError(
+                f"{os.fspath(path)!r}: {error}. Copy it anew, or write it again:  "
+                f"save_packed(model, path)"
+            ) from None
         return PackedSize(file.seek(0, 2), tuple(_row(record) for record in records))
 
 

@@ -76,8 +76,8 @@ def fit(
         before = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit(Classifier(model.train(), lr, schedule), batches)
-        except SystemExit:
-            if not trainer.interrupted:
+        except SystemExit as end:  # Lightning's, after a Ctrl-C; or the model's own
+            if not isinstance(end.__context__, KeyboardInterrupt):
                 raise
             raise KeyboardInterrupt from None
         finally:

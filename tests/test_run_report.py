@@ -1,0 +1,67 @@
+"""What a report says in words and tables, for figures that few runs have."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchclust.run_report import gains, markdown, show
+
+REPORT: dict[str, Any] = {
+    "name": "made up",
+    "seed": 0,
+    "accuracy": {"float": 91.0, "control": 92.0, "pruned": None, "before_finetune": 80.0,
+                 "clustered": 91.5, "int8": 91.25, "baseline_int8": 92.0},
+    "bytes": {"float_tflite": 4096, "float_tflite_zip": 4000, "clustered_float_tflite_zip": 1000,
+              "int8_tflite": 2048, "int8_tflite_zip": 512, "baseline_int8_tflite_zip": 1024,
+              "packed": 400, "packed_entropy_bound": 390},
+    "tensors": [
+        {"name": "a.weight", "shape": [4, 8], "n_clusters": 16, "distinct_weights": 15,
+         "int8_codes": 15, "entropy_bits": 3.5, "skipped": None},
+        {"name": "a.bias", "shape": [4], "n_clusters": None, "distinct_weights": 4,
+         "int8_codes": None, "entropy_bits": None, "skipped": "a bias"},
+    ],
+    "vela": {"version": "5.2.0", "accelerator": "ethos-u55-128", "encoded_weight_bytes": 100,
+             "baseline_encoded_weight_bytes": 400, "flash_bytes": 2048,
+             "baseline_flash_bytes": 1024, "sram_bytes": 10, "cycles": 300,
+             "baseline_cycles": 200, "cpu_ops": 0, "cpu_operators": []},
+    "chosen": None,
+    "versions": {"torch": "2.13.0"},
+    "seconds": {"train": 1.0},
+}  # fmt: skip
+
+
+def changed(**sections: dict[str, Any]) -> dict[str, Any]:
+    report = copy.deepcopy(REPORT)
+    for name, values in sections.items():
+        report[name].update(values)
+    return report
+
+
+def test_what_grew_is_called_larger_and_what_slowed_down_more() -> None:
+    found = {row[0]: row[1:] for row in gains(REPORT)}
+    assert found["flash"] == ("1.0 KiB", "2.0 KiB", "2.00x larger")
+    assert found["cycles"] == ("200", "300", "1.50x more")
+    assert found["int8 .tflite, zipped"] == ("1.0 KiB", "0.5 KiB", "2.00x smaller")
+    assert found["int8 accuracy"] == ("92.00 %", "91.25 %", "-0.75 points")
+    faster = {row[0]: row[3] for row in gains(changed(vela={"cycles": 100}))}
+    assert faster["cycles"] == "2.00x fewer"
+
+
+def test_operators_left_to_the_cpu_stand_in_the_headline() -> None:
+    assert "left to the CPU" not in markdown(REPORT)
+    reasons = ["LEAKY_RELU: not int8", "SORT: unknown"]
+    text = markdown(changed(vela={"cpu_ops": 2, "cpu_operators": reasons}))
+    assert "**2 operators are left to the CPU**: LEAKY_RELU: not int8; SORT: unknown." in text
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_person_sees_the_gains_and_where_to_look(
+    measured: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none = {section: dict.fromkeys(REPORT[section]) for section in ("accuracy", "bytes", "vela")}
+    show(REPORT if measured else changed(**none), Path("runs/x"))
+    text = capsys.readouterr().out
+    assert ("2.00x larger" in text) == measured
+    assert text.endswith("Everything is in runs/x; begin with runs/x/report.md\n")

@@ -1,0 +1,47 @@
+"""How training ends, and what the accuracy of a file is."""
+
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from torchclust.artifacts import tflite_accuracy
+from torchclust.export import to_tflite
+from torchclust.training import accuracy, fit
+
+BATCHES = DataLoader(TensorDataset(torch.randn(16, 6), torch.arange(16) % 3), batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [(KeyboardInterrupt(), KeyboardInterrupt), (SystemExit(3), SystemExit), (OSError(), OSError)],
+)
+def test_what_ends_training_is_what_the_caller_sees(
+    raised: BaseException, seen: type[BaseException]
+) -> None:
+    class Ending(pl.Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            raise raised
+
+    with pytest.raises(seen) as found:
+        fit(nn.Linear(6, 3), BATCHES, epochs=1, lr=0.1, seed=0, callbacks=[Ending()],
+            progress=False)  # fmt: skip
+    if seen is not KeyboardInterrupt:
+        assert found.value is raised
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_files_accuracy_is_the_models(channels_last: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4)).eval()
+    images = torch.randn(40, 3, 6, 6)
+    labels = model(images).argmax(1)
+    labels[:10] = (labels[:10] + 1) % 4
+    path = tmp_path / "a.tflite"
+    to_tflite(model, images[:1], path, calibration=None, float=True, channels_last=channels_last)
+    batches = list(zip(images.split(16), labels.split(16), strict=True))
+    assert tflite_accuracy(path, batches) == accuracy(model, batches) == 75
