@@ -509,13 +509,6 @@ def test_third_party_noise_is_shown_when_it_failed(capfd: pytest.CaptureFixture[
         noisy(True)
 
 
-def test_progress_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchclust.export.calibration import progress
-
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert list(progress([1, 2, 3], "Calibrating")) == [1, 2, 3]
-
-
 def test_inspection_prints_and_indexes(mobile: Exported) -> None:
     found = inspect_tflite(mobile.path)
     assert len(found) == len(list(found)) == len(found.rows)

@@ -31,6 +31,7 @@ from torchclust.compensation import Book, compensate
 from torchclust.config import ClusterConfig
 from torchclust.input_moments import CONVOLUTIONS, InputMoments
 from torchclust.parametrization import fit_weight, make_clustered_weight, relative_error
+from torchclust.progress import track
 from torchclust.unlabelled import Call, calls
 
 _WIDEST = 6144  # inputs per output: a second moment of 300 MB
@@ -123,7 +124,7 @@ def fit_to_inputs(
                 weights[layer.name] = _write(layer, _fit(layer, layer.importance, seed))
         norms = _norms_behind(twin, [y.module for y in layers], lambda: batches[0].of(twin))
         before, after = Side(model, batches), Side(twin, batches)
-        for block, found in plan:
+        for block, found in track(plan, "Fitting codebooks"):
             before.enter(block)
             after.enter(block)
             for layer in found:

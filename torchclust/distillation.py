@@ -12,12 +12,10 @@ are matched to the float side's on the same images, if that lowers the block's e
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import pickle
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchclust.blocks import Block, evaluating, find_blocks
 from torchclust.data_aware import Side
 from torchclust.model import named_clusterings, restore_
+from torchclust.progress import progress as progress_bar
 from torchclust.unlabelled import Call, calls, tensors_in
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -99,7 +98,7 @@ def distill_(
         plan = find_blocks(model, found[0], holders, blocks)
         _check_architecture(model, teacher, plan)
         state = _State(model, checkpoint, [steps, lr, seed, len(found), [b.paths for b in plan]])
-        with _bar(steps * (len(plan) + 1), progress) as advance:
+        with progress_bar("Distilling", steps * (len(plan) + 1), shown=progress) as advance:
             student_side, teacher_side = Side(model, found), Side(teacher, found)
             for stage, block in enumerate(plan):
                 _enter(block, student_side, teacher_side)
@@ -409,18 +408,3 @@ def _gradients_put_back(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in zip(parameters, kept, strict=True):
             parameter.grad = gradient
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, if rich is there; yields what advances it."""
-    if shown and sys.stderr.isatty():
-        with contextlib.suppress(ImportError):
-            from rich.console import Console
-            from rich.progress import Progress
-
-            with Progress(console=Console(stderr=True), transient=True) as bar:
-                task = bar.add_task("distilling", total=total)
-                yield lambda n: bar.advance(task, n)
-            return
-    yield lambda n: None

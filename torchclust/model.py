@@ -37,6 +37,7 @@ from torchclust.parametrization import (
     fit_weight,
     make_clustered_weight,
 )
+from torchclust.progress import track
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -805,7 +806,7 @@ def _layout(tensors: Mapping[str, Tensor]) -> tuple[ClusterConfig, dict[str, Any
 def _in_threads(function: Any, tasks: list[Any]) -> list[Any]:
     """Map in order on all cores; numpy's sorts run outside the interpreter lock."""
     with ThreadPoolExecutor(max_workers=max(1, min(len(tasks), os.cpu_count() or 1))) as pool:
-        return list(pool.map(function, tasks))
+        return list(track(pool.map(function, tasks), "Fitting codebooks", len(tasks)))
 
 
 def _join(path: str, name: str) -> str:

@@ -6,9 +6,7 @@ histogram that widens as they come, so one pass over any iterable is enough and 
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -171,18 +169,6 @@ class Histogram:
         step = (high - low) / 255
         beyond = centres - np.clip(centres, low, high)
         return float(self.counts @ (beyond**2 + np.where(beyond == 0, step**2 / 12, 0)))
-
-
-def progress(items: Iterable[Any], description: str) -> Iterator[Any]:
-    """Pass items through, with a progress bar on a terminal if rich is there."""
-    with contextlib.suppress(ImportError):
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import track
-
-            yield from track(items, description, console=Console(stderr=True), transient=True)
-            return
-    yield from items
 
 
 def _leading(batch: Any, count: int, keys: tuple[str, ...] | None, number: int) -> Sequence[Any]:

@@ -31,6 +31,7 @@ from torchclust.export.learned import find_learned
 from torchclust.export.pointwise import convolutions_for_linears
 from torchclust.export.quantize import quantize
 from torchclust.export.verify import Agreement, Comparison, TensorRow, check_codes
+from torchclust.progress import track
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _samples(
     """Calibration data sample by sample; the first is drawn at once, before any long work."""
     if calibration is None:
         return ()
-    batches = calibrating.progress(calibration, "Calibrating")
+    batches = track(calibration, "Calibrating")
     samples = calibrating.samples(batches, prepared.arguments, prepared.module.keys)
     first = next(samples, None)
     if first is None:
