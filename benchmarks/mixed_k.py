@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from torchclust import mixed, zoo
+from torchclust.allocation import Curves
 from torchclust.artifacts import tflite_accuracy
 from torchclust.data import Data, fashion_mnist, loader, samples
 from torchclust.export import to_tflite, vela
@@ -34,6 +35,7 @@ ROOT = Path(__file__).parent.parent
 FLASH_ACCURACY = ROOT / "runs" / "flash_accuracy"
 RESULTS = ROOT / "benchmarks" / "results" / "mixed_k.json"
 Row = dict[str, Any]
+CURVES: dict[int, Curves] = {}
 
 
 def recipe_of(seed: int, budget: float) -> Recipe:
@@ -71,8 +73,9 @@ def trained(data: Data, model: nn.Module, seed: int, *, epochs: int, lr: float) 
 
 def measure(data: Data, seed: int, budget: float) -> Row:
     recipe, start = recipe_of(seed, budget), base(data, seed)
-    images = samples(data.train, mixed.IMAGES, seed=seed)
-    curves = mixed.curves_of(recipe, start, images)
+    if seed not in CURVES:
+        images = samples(data.train, mixed.IMAGES, seed=seed)
+        CURVES[seed] = mixed.curves_of(recipe, start, images)
     models: dict[str, nn.Module] = {}
 
     def train(section: ClusterSection) -> nn.Module:
@@ -82,7 +85,7 @@ def measure(data: Data, seed: int, budget: float) -> Row:
         models[json.dumps(section.rules)] = model
         return model
 
-    chosen = mixed.choose(recipe, start, curves, [], train)
+    chosen = mixed.choose(recipe, start, CURVES[seed], [], train)
     model = models[json.dumps(chosen.section.rules)]
     calibration = samples(data.train, 200, seed=seed)
     with tempfile.TemporaryDirectory() as folder:

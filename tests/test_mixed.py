@@ -111,6 +111,20 @@ def test_vela_bytes_are_those_of_the_compiler(tmp_path: Path) -> None:
     assert counted == pytest.approx(report.encoded_weight_bytes, rel=0.03)
 
 
+def test_vela_bytes_hold_where_training_brought_two_codes_together() -> None:
+    codec = pytest.importorskip("ethosu.mlw_codec")
+    torch.manual_seed(0)
+    model = cluster_(nn.Linear(64, 64), 32, codebook_dtype="int8", assignment="nearest")
+    (_, clustering), *_ = named_clusterings(model)
+    with torch.no_grad():
+        clustering.centroids[1::2] = clustering.centroids[::2][: len(clustering.centroids) // 2]
+    codes = (model.weight / clustering.scale[:, None]).round().int()
+    assert len(clustering.codes) < 31
+    assert set(codes.unique().tolist()) <= set(clustering.codes.tolist())
+    expected = len(codec.encode(codes.flatten().tolist()))
+    assert encoded_bytes(model, vela_bytes, ["weight"]) == {"weight": expected}
+
+
 def test_candidates_fit_the_configuration_and_the_tensor(monkeypatch) -> None:
     monkeypatch.undo()
     plain, sparse = ClusterConfig(), ClusterConfig(preserve_sparsity=True)

@@ -65,13 +65,14 @@ def vela_bytes(weight: Tensor, clustering: Clustering | None) -> int:
 def _int8_codes(weight: Tensor, clustering: Clustering | None) -> Tensor:
     """Return what the int8 file holds: the codes, or the values rounded to a grid.
 
-    A codebook of the whole tensor has one scale, everything else one per output channel.
+    A float codebook of the whole tensor has one scale, everything else one per output channel.
     """
-    if clustering is not None and clustering.codes is not None:
-        return clustering.codes[clustering.indices.int()]
-    if clustering is not None and clustering.config.granularity == "tensor":
-        peak = weight.abs().max()
-    else:
-        channel = 0 if clustering is None else clustering.channel_dim
-        peak = weight.abs().amax([d for d in range(weight.dim()) if d != channel], keepdim=True)
+    channel = 0 if clustering is None else clustering.channel_dim
+    others = [d for d in range(weight.dim()) if d != channel]
+    if clustering is not None and clustering.scale is not None:
+        # Not codes[indices]: training may bring two codes together, and `codes` then lists one.
+        shape = [1 if dim in others else -1 for dim in range(weight.dim())]
+        return (weight / clustering.scale.view(shape)).round().int()
+    whole = clustering is not None and clustering.config.granularity == "tensor"
+    peak = weight.abs().max() if whole else weight.abs().amax(others, keepdim=True)
     return (weight * (_GRID / peak.clamp(min=torch.finfo(weight.dtype).tiny))).round().int()
