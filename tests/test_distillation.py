@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,19 @@ def test_named_blocks() -> None:
         torchclust.distill_(
             branched, teacher_of_branched, torch.randn(4, 6), steps=1, blocks=["twice"]
         )
+
+
+def test_progress_is_shown_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = network()
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda shown=terminal: shown, raising=False)
+        for progress in (True, False):
+            model = torchclust.cluster_(copy.deepcopy(teacher), 5)
+            torchclust.distill_(model, teacher, inputs(), steps=1, progress=progress)
+            shown = "distilling" in capsys.readouterr().err.lower()
+            assert shown == (terminal and progress)
 
 
 def test_a_block_without_floating_point_outputs_is_refused() -> None:

@@ -621,6 +621,33 @@ def test_fisher_information_of_a_clustered_model_is_of_its_weights() -> None:
         torch.testing.assert_close(found[name], tensor)
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_fisher_information_passes_inputs_on_as_they_are_given(by_name: bool) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return scale * super().forward(x)
+
+    model, x, scale, y = Scaled(3, 2), torch.randn(5, 3), torch.tensor(2.0), torch.randn(5, 2)
+    given = {"scale": scale, "x": x} if by_name else (x, scale)
+    found = fisher_information(model, [(given, y)], nn.functional.mse_loss)
+    expected = torch.autograd.grad(nn.functional.mse_loss(model(x, scale), y), model.weight)[0]
+    torch.testing.assert_close(found["weight"], expected**2)
+
+
+@pytest.mark.parametrize("assignment", ["fixed", "nearest"])
+def test_an_all_zero_weight_stays_all_zero_in_int8(assignment: Any) -> None:
+    model = nn.Linear(8, 8)
+    nn.init.zeros_(model.weight)
+    cluster_(model, 4, codebook_dtype="int8", assignment=assignment)
+    assert not model.weight.any()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    assert len(model.weight.unique()) <= 3 * len(model.weight)
+    assert torch.isfinite(model.weight).all()
+    strip_(model)
+
+
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
