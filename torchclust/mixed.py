@@ -33,7 +33,7 @@ from torchclust.training import accuracy
 IMAGES = 1024  # unlabelled training images behind every loss
 LABELLED = 4000  # training images behind every accuracy
 _ROUNDS = 3  # of fine-tuning and correcting; one is usual
-_FIRST = 0.99  # of the budget: what the first round fills, as fine-tuning may add a little
+_FIRST = 0.99  # of the budget: what is filled at first, as fine-tuning may add a little
 _BETTER = 0.9  # of the loss: what makes another round worth its time
 _KIB = 1024
 
@@ -54,6 +54,11 @@ class Chosen:
     def n_bytes(self) -> int:
         """What all tensors come to."""
         return sum(choice.n_bytes for choice in self.allocation.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What every tensor comes to."""
+        return {name: choice.n_bytes for name, choice in self.allocation.items()}
 
     @property
     def loss(self) -> float:
@@ -158,25 +163,26 @@ def _within_budget(
     sizes_of: Callable[[ClusterSection], dict[str, int]],
 ) -> Chosen:
     """Return the choice of least loss that is in the budget (KiB) after fine-tuning."""
+    most, least = budget * _KIB, Allocations(curves).least
     fitting: list[Chosen] = []
-    for number in range(_ROUNDS):
+    for _ in range(_ROUNDS):
         best = Allocations(curves)
-        if budget * _KIB < best.least:
+        if most < best.least:
+            least = best.least
             break
-        room = budget * _KIB * (1 if number else _FIRST)
-        allocation = best.within(max(room, best.least))
+        allocation = best.within(max(best.least, most * (1 if fitting else _FIRST)))
         tried = Chosen(section_of(allocation), allocation)
         if fitting and tried.loss > _BETTER * min(chosen.loss for chosen in fitting):
             break
-        sizes = sizes_of(tried.section)
-        curves = rescaled(curves, allocation, sizes)
-        if tried.measured(sizes).n_bytes <= budget * _KIB:
-            fitting.append(tried.measured(sizes))
+        tried = tried.measured(sizes_of(tried.section))
+        curves = rescaled(curves, allocation, tried.sizes)
+        least = tried.n_bytes
+        if tried.n_bytes <= most:
+            fitting.append(tried)
     if not fitting:
-        least = Allocations(curves).least / _KIB
         raise RecipeError(
             f"cluster.budget: {budget:g} KiB do not hold the weights; the least possible is "
-            f"{least:.1f}:  --set cluster.budget={math.ceil(least)}"
+            f"{least / _KIB:.1f}:  --set cluster.budget={math.ceil(least / _KIB)}"
         )
     return min(fitting, key=lambda chosen: chosen.loss)
 

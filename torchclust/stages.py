@@ -221,9 +221,12 @@ class _Training:
         depends = self._sections("prune")
         depends["cluster"] = section.with_rules({}).model_dump(mode="json", exclude_none=True)
         depends["measure"] = mixed.measure_of(self.recipe).__name__
+        depends["labels"] = self.recipe.finetune is None or self.recipe.finetune.labels
 
         def compute() -> Result:
-            images = samples(self.data.train, mixed.IMAGES, seed=self.recipe.seed)
+            images = self._unlabelled()
+            if images is None:
+                images = samples(self.data.train, mixed.IMAGES, seed=self.recipe.seed)
             curves = mixed.curves_of(self.recipe, start, images)
             return {"curves": {n: [list(astuple(c)) for c in cs] for n, cs in curves.items()}}
 
