@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from statistics import median
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_model_optimization as tfmot
-from tensorflow import keras
+import tf_keras as keras
 
 STEPS = 10
 
@@ -59,12 +60,15 @@ def compiled(model: keras.Model) -> keras.Model:
     return model
 
 
-def compare(name: str, model: keras.Model, rounds: int) -> None:
+def clustered(model: keras.Model) -> keras.Model:
     initialization = tfmot.clustering.keras.CentroidInitialization.LINEAR
-    clustered = tfmot.clustering.keras.cluster_weights(
+    return tfmot.clustering.keras.cluster_weights(
         model, number_of_clusters=16, cluster_centroids_init=initialization
     )
-    models = {"plain": compiled(model), "TFMOT": compiled(clustered)}
+
+
+def compare(name: str, make: Callable[[], keras.Model], rounds: int) -> None:
+    models = {"plain": compiled(make()), "TFMOT": compiled(clustered(make()))}
     x = np.random.default_rng(0).normal(size=(250, 28, 28, 1)).astype(np.float32)
     y = np.zeros(250, np.int64)
     times: dict[str, list[float]] = {label: [] for label in models}
@@ -83,8 +87,8 @@ def compare(name: str, model: keras.Model, rounds: int) -> None:
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     print(f"tensorflow {tf.__version__}, tfmot {tfmot.__version__}")
-    compare("cnn", cnn(), rounds)
-    compare("mlp", mlp(), rounds)
+    compare("cnn", cnn, rounds)
+    compare("mlp", mlp, rounds)
 
 
 if __name__ == "__main__":
