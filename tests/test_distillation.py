@@ -216,6 +216,7 @@ def test_named_blocks() -> None:
 def test_progress_is_shown_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("torchclust.progress._PATIENCE", -1.0)
     teacher = network()
     for terminal in (True, False):
         monkeypatch.setattr(sys.stderr, "isatty", lambda shown=terminal: shown, raising=False)
