@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from test_recipe import fake_data
@@ -26,7 +25,7 @@ from torchclust import data as data_sets
 from torchclust import export
 from torchclust import prepare as preparing
 from torchclust.cli import main, parser
-from torchclust.recipe import parse_recipe
+from torchclust.recipe import load_recipe, parse_recipe, parse_yaml
 from torchclust.sweep import plan
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +64,12 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run_python(code: str, namespace: dict[str, object], place: str) -> None:
     exec(compile(code, place, "exec"), namespace)
+
+
+def check_yaml(text: str, place: str) -> None:
+    """A recipe, or sections to put into one."""
+    shown = parse_yaml(text, source=place)
+    parse_recipe({**load_recipe(ROOT / "recipes/mnist_cnn.yaml").to_dict(), **shown}, source=place)
 
 
 def run_torchclust(words: list[str], later: str) -> None:
@@ -131,7 +136,7 @@ def test_snippets_do_what_is_printed(document: Path, scratch: Path) -> None:
     found = fences(document)
     actions: dict[str, Callable[[str, str, Token], object]] = {
         "python": lambda later, place, fence: run_python(fence.content, namespace, place),
-        "yaml": lambda later, place, fence: parse_recipe(yaml.safe_load(fence.content)),
+        "yaml": lambda later, place, fence: check_yaml(fence.content, place),
         "sh": lambda later, place, fence: run_shell(fence, later, place),
         "text": lambda later, place, fence: None,
     }
@@ -165,6 +170,12 @@ def test_links_lead_somewhere(document: Path) -> None:
         if heading:
             lines = path.read_text(encoding="utf-8").splitlines()
             assert heading in {anchor(line) for line in lines if line.startswith("#")}, target
+
+
+def test_readme_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = [*DOCUMENTS[1:], *(ROOT / "notebooks").glob("*.ipynb")]
+    assert [page.name for page in pages if f"({page.relative_to(ROOT)})" not in text] == []
 
 
 def anchor(heading: str) -> str:
