@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 16  # values at a time: they and the result stay in the second-level cache
+_BLOCK = 1 << 17  # values at a time: they and the result stay in the second-level cache
 _SMALL = 1 << 13  # below this many values the table of `_by_leading_bits` costs more than it saves
 _COMPARED = 24  # boundaries: up to here comparing with each of them beats any kind of search
 _HIGH_HALF = 1 if sys.byteorder == "little" else 0
