@@ -7,8 +7,8 @@ full-size network (1,000 classes, 224 x 224) is drawn from the same layer of the
 recipes/NETWORK_fashion.yaml trained: for each output channel a trained one is chosen, and the
 weights are drawn from its own, each changed by some percent so that no two are equal. Then the
 recipe's clustering is fitted to them, and to the last three layers alone as in TFMOT's table; files
-are written, zipped and compiled. Results go to benchmarks/results/NETWORK*_full.0.json, with the
-keys of report.json; there is no accuracy.
+are written and zipped, and the first is compiled. Results go to
+benchmarks/results/NETWORK*_full.0.json, with the keys of report.json; there is no accuracy.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def images() -> Tensor:
 
 def written(model: nn.Module, folder: Path, *, is_float: bool) -> Path:
     path = folder / "model.tflite"
-    calibration = None if is_float else [images()[:2]]
+    calibration = None if is_float else [images()[:1]]
     to_tflite(model, images()[:1], path, calibration=calibration, float=is_float)
     return path
 
@@ -101,7 +101,8 @@ def measure(network: str) -> None:
             recipe = load_recipe(ROOT / "recipes" / f"{network}.yaml", settings)
             clustered = clustered_copy(recipe, copy.deepcopy(model))
             zipped = zipped_size(written(clustered, folder, is_float=True))
-            found = report(recipe, plain, zipped, baseline, compiled(clustered, folder))
+            ours = dict.fromkeys(baseline) if suffix else compiled(clustered, folder)
+            found = report(recipe, plain, zipped, baseline, ours)
             (RESULTS / f"{network}{suffix}_full.0.json").write_text(json.dumps(found, indent=2))
             print(network, suffix, found["bytes"], found["vela"], flush=True)
 
