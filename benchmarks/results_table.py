@@ -27,6 +27,7 @@ FOLDER = Path("runs/results_table")
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 Report = dict[str, Any]
 
+TENTH = "finetune={epochs: 2, lr_scale: 0.1}"
 FLOAT_CODEBOOK = "cluster={{n_clusters: {}, init: {}, max_iter: {}, assignment: nearest}}"
 LAST_THREE = {  # the last convolutions and the classifier, which is one too in Keras's MobileNetV1
     "mobilenet_v1": ("14.3.weight", "15.3.weight", "19.weight"),
@@ -49,11 +50,12 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             FLOAT_CODEBOOK.format(3, "optimal", 300),
             "cluster.rules={conv1.weight: 32, conv2.weight: 8, dense2.weight: 32}",
+            TENTH,
         ),
     ),
-    "fashion_k14": ("fashion_cnn", (FLOAT_CODEBOOK.format(14, "linear", 0),)),
-    "fashion_k16": ("fashion_cnn", (FLOAT_CODEBOOK.format(16, "optimal", 300),)),
-    "fashion_k32": ("fashion_cnn", (FLOAT_CODEBOOK.format(32, "linear", 0),)),
+    "fashion_k14": ("fashion_cnn", (FLOAT_CODEBOOK.format(14, "linear", 0), TENTH)),
+    "fashion_k16": ("fashion_cnn", (FLOAT_CODEBOOK.format(16, "optimal", 300), TENTH)),
+    "fashion_k32": ("fashion_cnn", (FLOAT_CODEBOOK.format(32, "linear", 0), TENTH)),
     "kws_k32": ("kws_ds_cnn_l", ()),
     "kws_k8": ("kws_ds_cnn_l", ("cluster.n_clusters=8", "cluster.init=optimal")),
     **{network: (f"{network}_fashion", ()) for network in LAST_THREE},
