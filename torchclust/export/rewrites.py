@@ -9,7 +9,7 @@ order; and it folds a BatchNorm into a 2-D convolution only: not into a 1-D one,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,17 +76,7 @@ def permute_flattened(
 
 def fold_batch_norm(model: nn.Module, program: torch.export.ExportedProgram) -> None:
     """Fold BatchNorms into 1-D and transposed convolutions where nothing else reads those."""
-    signature = program.graph_signature
-    for norm in program.graph.nodes:
-        conv = source(norm)
-        if operator(norm) != "batch_norm" or conv is None or len(conv.users) > 1:
-            continue
-        if operator(conv) not in _UNFOLDED:
-            continue
-        conv_path = _only_user_of(signature.inputs_to_parameters, conv.args[1])
-        norm_path = _only_user_of(signature.inputs_to_buffers, norm.args[3])
-        if not conv_path or not norm_path:
-            continue
+    for conv_path, norm_path in _norms_behind(program, _UNFOLDED):
         layer: Any = model.get_submodule(conv_path)
         statistics: Any = model.get_submodule(norm_path)
         transposed = type(layer) in (nn.ConvTranspose1d, nn.ConvTranspose2d)
@@ -103,17 +93,7 @@ def keep_shared_values(model: nn.Module, program: torch.export.ExportedProgram) 
     little that repeats: 8 bits a weight instead of 5, with 32 values. An int8 file needs none of
     this, because there the factors go into the channels' scales.
     """
-    signature = program.graph_signature
-    for norm in program.graph.nodes:
-        conv = source(norm)
-        if operator(norm) != "batch_norm" or conv is None or len(conv.users) > 1:
-            continue
-        if operator(conv) not in ("conv2d", "convolution"):
-            continue
-        conv_path = _only_user_of(signature.inputs_to_parameters, conv.args[1])
-        norm_path = _only_user_of(signature.inputs_to_buffers, norm.args[3])
-        if not conv_path or not norm_path:
-            continue
+    for conv_path, norm_path in _norms_behind(program, ("conv2d", "convolution")):
         layer: Any = model.get_submodule(conv_path)
         statistics: Any = model.get_submodule(norm_path)
         known = type(layer) is nn.Conv2d and type(statistics) is nn.BatchNorm2d
@@ -122,6 +102,22 @@ def keep_shared_values(model: nn.Module, program: torch.export.ExportedProgram) 
             scaling = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
             nn.init.ones_(scaling.weight)
             _replace(model, norm_path, fuse_conv_bn_eval(scaling.eval(), statistics))
+
+
+def _norms_behind(
+    program: torch.export.ExportedProgram, convolutions: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Paths of a convolution and of the BatchNorm that alone reads it, each used once."""
+    signature = program.graph_signature
+    for norm in program.graph.nodes:
+        conv = source(norm)
+        if operator(norm) != "batch_norm" or conv is None or len(conv.users) > 1:
+            continue
+        if operator(conv) in convolutions:
+            conv_path = _only_user_of(signature.inputs_to_parameters, conv.args[1])
+            norm_path = _only_user_of(signature.inputs_to_buffers, norm.args[3])
+            if conv_path and norm_path:
+                yield conv_path, norm_path
 
 
 def operator(node: fx.Node) -> str:
