@@ -97,7 +97,7 @@ def kb(before: float, after: float) -> str:
     return f"{before / 1000:,.0f} → {after / 1000:,.0f} kB ({before / after:.1f}x)"
 
 
-MOBILE = "Fashion-MNIST, quarter width; sizes: full size, resampled weights"
+MOBILE = "Fashion-MNIST, a quarter wide; sizes of the full network, resampled weights"
 TFMOT = "TFMOT, "
 
 # Sources: the seed article (MNIST, TensorFlow); TFMOT's table of results in its clustering guide,
@@ -174,7 +174,7 @@ def cells(row: Row) -> tuple[str, ...] | None:
     ours, sized = reports(row.run), reports(row.sizes or row.run)
     if not ours and not sized:
         return None
-    seeds = f"{len(ours)} seed{'s' if len(ours) != 1 else ''}" if ours else "not trained"
+    seeds = f"{len(ours)} seed{'s' if len(ours) != 1 else ''}" if ours else "sizes only"
     return (
         row.label,
         *row.published,
