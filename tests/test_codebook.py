@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from torchclust.codebook import Codebook, fit_codebook
-from torchclust.nearest import assign, count_below
+from torchclust.nearest import assign, count_below, count_below_in_units
 
 INITS = ["optimal", "linear", "density", "random", "kmeans++"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -636,3 +636,16 @@ def test_a_crowded_cell_is_still_resolved() -> None:
     limits = torch.linspace(1.0, 1.003, 200)
     values = torch.linspace(0.999, 1.004, 50_000)
     assert count_below(values, limits).equal(torch.bucketize(values, limits).to(torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (300, 3, 500), (3, 200_000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_compared_in_their_own_units(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """In parts as at once, whether a part is many rows or one."""
+    generator = torch.Generator().manual_seed(0)
+    rows = (20 * torch.randn(shape, generator=generator)).to(dtype)
+    units = 0.1 + torch.rand(shape[0], generator=generator)
+    limits = torch.tensor([-90.5, -3.0, 0.5, 17.5, 80.0])
+    scaled = rows.float() / units.view(-1, *[1] * (len(shape) - 1))
+    found = count_below_in_units(rows, units, limits)
+    assert found.equal(torch.bucketize(scaled, limits).to(torch.uint8))

@@ -75,6 +75,27 @@ def count_below(values: Tensor, boundaries: Tensor) -> Tensor:
     return found.to(torch.uint8) if few else found
 
 
+def count_below_in_units(rows: Tensor, units: Tensor, boundaries: Tensor) -> Tensor:
+    """`count_below` of every row divided by its own unit.
+
+    On the CPU a few rows at a time: the quotients of a large weight would be fresh memory, whose
+    pages cost more than the division and the comparisons together.
+
+    Args:
+        rows: floating, `(n, ...)`.
+        units: `(n,)` positive, of the dtype to divide in.
+        boundaries: `(b,)` ascending.
+    """
+    units = units.view(-1, *[1] * (rows.dim() - 1))
+    if rows.device.type != "cpu" or torch.compiler.is_compiling() or rows.numel() <= _BLOCK:
+        return count_below(rows.to(units.dtype) / units, boundaries)
+    step = max(1, _BLOCK * len(rows) // rows.numel())
+    counts = torch.empty(rows.shape, dtype=torch.uint8)
+    for part in (slice(start, start + step) for start in range(0, len(rows), step)):
+        counts[part] = count_below(rows[part].to(units.dtype) / units[part], boundaries)
+    return counts
+
+
 def _searchable(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -27,7 +27,7 @@ from torchclust.codebook import Codebook, fit_codebook
 from torchclust.config import ClusterConfig
 from torchclust.integer_codebook import fit_integer_codebook
 from torchclust.lookup import Memory, grouped_sum, lookup
-from torchclust.nearest import assign, count_below
+from torchclust.nearest import assign, count_below_in_units
 
 _PARAMETERS = ("centroids", "relative_scale")
 
@@ -223,8 +223,7 @@ class IntegerClusteredWeight(ClusteredWeight):
     def _nearest(self, rows: Tensor, codebook: Tensor) -> Tensor:
         codes = _mirrored(codebook).float()
         scale = self.scale().detach().float().clamp_min(torch.finfo(torch.float32).tiny)
-        in_codes = rows.float() / scale.view(-1, *[1] * (rows.dim() - 1))
-        return count_below(in_codes, (codes[1:] + codes[:-1]) / 2)
+        return count_below_in_units(rows, scale, (codes[1:] + codes[:-1]) / 2)
 
     def _index_of_zero(self, codebook: Tensor) -> Tensor:
         return torch.full((), len(codebook), dtype=torch.uint8, device=codebook.device)
