@@ -9,8 +9,8 @@ The network and training of recipes/fashion_cnn.yaml: 6 epochs of Adam at 1e-3, 
 2 epochs from 3e-4 down to 0 along a cosine, the unclustered control too. Every point goes through
 export, LiteRT's kernels on all 10,000 test images, and Vela for ethos-u55-128
 (Ethos_U55_High_End_Embedded, Shared_Sram).
-Results are appended to runs/flash_accuracy/results.jsonl, so an interrupted run goes on; trained
-networks are kept beside it.
+Results are appended to benchmarks/results/flash_accuracy.jsonl, so an interrupted run goes on;
+trained networks are kept in runs/flash_accuracy.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from torchclust.lightning import WeightClustering
 from torchclust.training import accuracy, fit
 
 FOLDER = Path("runs/flash_accuracy")
+RESULTS = Path(__file__).parent / "results" / "flash_accuracy.jsonl"
 INT8 = {"codebook_dtype": "int8", "assignment": "nearest"}
 FLOAT = {"assignment": "nearest"}
 CQAT = "int8 codebook and quantized activations, 3 codes"
@@ -129,8 +130,8 @@ def measure(data: Data, seed: int, batch_norm: bool, name: str) -> dict[str, Any
 
 
 def results() -> list[dict[str, Any]]:
-    path = FOLDER / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def averages() -> dict[tuple[bool, str], dict[str, float]]:
@@ -163,36 +164,30 @@ def print_table() -> None:
 
 
 def plot(path: Path) -> None:
+    """Points gained or lost against the control of the same seed, over flash; with BatchNorm."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     found = {name: row for (batch_norm, name), row in averages().items() if batch_norm}
-    for prefix, label, style in (
-        ("int8 codebook,", "int8 codebook (torchclust)", "o-"),
-        ("float codebook,", "float codebook, then quantized", "s--"),
+    for prefix, label, style, side in (
+        ("int8 codebook,", "int8 codebook, one number of codes for all layers", "o-", "right"),
+        ("float codebook,", "float codebook, then quantized", "s--", "left"),
+        ("mixed", "int8 codebook, more codes for the first and last layer", "*", "center"),
     ):
-        rows = sorted(
-            (r["flash_kib"], r["int8_accuracy"], n) for n, r in found.items() if prefix in n
-        )
-        axes.plot([r[0] for r in rows], [r[1] for r in rows], style, label=label)
-        for flash, percent, name in rows:
-            axes.annotate(
-                name.split(", ")[-1], (flash, percent), (4, -11), textcoords="offset points", size=7
-            )
-    rows = [(n, r) for n, r in found.items() if n.startswith("mixed")]
-    axes.plot(
-        [r["flash_kib"] for _, r in rows],
-        [r["int8_accuracy"] for _, r in rows],
-        "*",
-        markersize=11,
-        label="int8 codebooks, more codes for the first and last layer",
-    )
-    control = found["control"]
-    axes.plot(control["flash_kib"], control["int8_accuracy"], "kD", label="not clustered, int8")
-    axes.axhline(control["int8_accuracy"], color="k", linewidth=0.5, linestyle=":")
+        own = [(name, found[name]) for name in points() if prefix in name and name in found]
+        rows = sorted((r["flash_kib"], -r["loss"], name) for name, r in own)
+        flash, gained = [r[0] for r in rows], [r[1] for r in rows]
+        axes.plot(flash, gained, style, label=label, markersize=11 if style == "*" else 6)
+        if side != "center":
+            for x, y, name in rows:
+                words = name.split(", ")[-1]
+                offset = (-6, 4) if side == "right" else (6, -10)
+                axes.annotate(words, (x, y), offset, textcoords="offset points", size=7, ha=side)
+    axes.plot(found["control"]["flash_kib"], 0, "kD", label="not clustered, int8")
+    axes.axhline(0, color="k", linewidth=0.5, linestyle=":")
     axes.set_xlabel("flash, KiB (Vela, Ethos-U55-128)")
-    axes.set_ylabel("int8 accuracy, %")
+    axes.set_ylabel("int8 accuracy against not clustered, points")
     axes.set_title("Fashion-MNIST, CNN with BatchNorm, 431,000 weights", fontsize=10)
     axes.set_xlim(left=0)
     axes.legend(fontsize=8, loc="lower right")
@@ -222,7 +217,7 @@ def main() -> None:
                 kind = "cqat" if name == CQAT else "curve" if "codebook" in name else "mixed"
                 if kind in args.points and (batch_norm, seed, name) not in done:
                     row = measure(data, seed, batch_norm, name)
-                    with (FOLDER / "results.jsonl").open("a") as file:
+                    with RESULTS.open("a") as file:
                         print(json.dumps(row), file=file, flush=True)
                     print(json.dumps(row), flush=True)
 

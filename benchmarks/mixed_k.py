@@ -28,7 +28,7 @@ from torchclust.artifacts import tflite_accuracy
 from torchclust.data import Data, fashion_mnist, loader, samples
 from torchclust.export import to_tflite, vela
 from torchclust.prepare import clustered_copy
-from torchclust.recipe import ClusterSection, Recipe, parse_recipe
+from torchclust.recipe import ClusterSection, Recipe, Schedule, parse_recipe
 from torchclust.training import accuracy, fit
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,7 @@ def recipe_of(seed: int, budget: float) -> Recipe:
             "model": {"name": "seed_cnn", "batch_norm": True},
             "train": {"epochs": 6},
             "cluster": {"budget": budget, "codebook_dtype": "int8", "assignment": "nearest"},
-            "finetune": {"epochs": 2},
+            "finetune": {"epochs": 2, "lr_scale": 0.3, "schedule": "cosine"},
             "export": {},
             "vela": {},
         }
@@ -63,12 +63,14 @@ def base(data: Data, seed: int) -> nn.Module:
         values = torch.load(path).values()  # in order: the layers were once called by number
         model.load_state_dict(dict(zip(model.state_dict(), values, strict=True)))
         return model.eval()
-    return trained(data, model, seed, epochs=6, lr=1e-3)
+    return trained(data, model, seed, epochs=6, lr=1e-3, schedule="constant")
 
 
-def trained(data: Data, model: nn.Module, seed: int, *, epochs: int, lr: float) -> nn.Module:
+def trained(
+    data: Data, model: nn.Module, seed: int, *, epochs: int, lr: float, schedule: Schedule
+) -> nn.Module:
     batches = loader(data.train, 250, seed=seed)
-    return fit(model, batches, epochs=epochs, lr=lr, seed=seed, progress=False)
+    return fit(model, batches, epochs=epochs, lr=lr, schedule=schedule, seed=seed, progress=False)
 
 
 def measure(data: Data, seed: int, budget: float) -> Row:
@@ -81,7 +83,9 @@ def measure(data: Data, seed: int, budget: float) -> Row:
     def train(section: ClusterSection) -> nn.Module:
         print("  ", section.rules, flush=True)
         same = recipe.model_copy(update={"cluster": section})
-        model = trained(data, clustered_copy(same, start), seed, epochs=2, lr=1e-4)
+        model = trained(
+            data, clustered_copy(same, start), seed, epochs=2, lr=3e-4, schedule="cosine"
+        )
         models[json.dumps(section.rules)] = model
         return model
 
@@ -114,8 +118,8 @@ def results() -> list[Row]:
 
 def uniform() -> list[Row]:
     """The points of benchmarks/flash_accuracy.py with one number of codes for all, and control."""
-    path = FLASH_ACCURACY / "results.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    path = ROOT / "benchmarks" / "results" / "flash_accuracy.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     kinds = ("control", "int8 codebook")
     return [row for row in rows if row["batch_norm"] and row["point"].startswith(kinds)]
 
