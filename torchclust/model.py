@@ -119,6 +119,12 @@ class Clustering:
         return self._original.detach() if self.config.assignment == "nearest" else None
 
     @property
+    def value(self) -> Tensor:
+        """The weight, detached; unlike the module's attribute it is not kept for the next time."""
+        with torch.no_grad():
+            return self._parametrization.value(self._original)
+
+    @property
     def fit_error(self) -> float:
         """``||weight - clustered|| / ||weight||`` when the codebook was fitted."""
         return float(self._parametrization.get_buffer("fit_error"))

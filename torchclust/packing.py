@@ -167,17 +167,13 @@ class _Tensor:
         return tuple((self.clustering.indices if latent is None else latent).shape)
 
     def value(self) -> Tensor:
-        """Evaluate it. With gradients on, so that no clustering keeps the result in its cache."""
-        with torch.enable_grad():
-            if self.clustering is not None:
-                value = getattr(self.clustering.module, self.clustering.tensor_name)
-            elif self.pruned is not None:
-                module, name = self.pruned
-                value = self.stored.detach() * module.get_buffer(name + "_mask")
-            else:
-                value = self.stored
-            assert isinstance(value, Tensor)
-            return value.detach()
+        """Evaluate it, where no cache keeps the result."""
+        if self.clustering is not None:
+            return self.clustering.value
+        if self.pruned is not None:
+            module, name = self.pruned
+            return self.stored.detach() * module.get_buffer(name + "_mask")
+        return self.stored.detach()
 
     def hint(self) -> Hint:
         """What the clustering knows beyond the values."""

@@ -68,12 +68,13 @@ class ClusteredWeight(nn.Module):
         """The weight. Without gradients the last result is returned while nothing has changed."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._cached = None
-            return self._evaluate(original)
+            return self._evaluate(original, self._memory)
         sources = [original, *self._parameters.values(), *self._buffers.values()]
         tensors = [tensor for tensor in sources if tensor is not None]
         if self._cached is None or not self._cached.holds(tensors):
-            self._cached = None  # its memory is the new one's
-            self._cached = _Cached(self._evaluate(original), tensors)
+            self._cached = None  # not two values at a time, nor the last step's
+            self._memory = Memory()
+            self._cached = _Cached(self.value(original), tensors)
         return self._cached.value
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -103,7 +104,11 @@ class ClusteredWeight(nn.Module):
         """The positive scale of every output channel; None for a float codebook."""
         return None
 
-    def _evaluate(self, original: Tensor) -> Tensor:
+    def value(self, original: Tensor) -> Tensor:
+        """The weight in memory of its own, of which nothing is kept here."""
+        return self._evaluate(original, None)
+
+    def _evaluate(self, original: Tensor, memory: Memory | None) -> Tensor:
         codebook = self._codebook(self.trained(original))
         indices = self._indices(original.detach(), codebook.detach())
         if self.config.gradient == "mean":
@@ -112,7 +117,7 @@ class ClusteredWeight(nn.Module):
             members = self._fold(grouped_sum(ones.expand(indices.shape), indices, shape))
             codebook = _scale_gradient(codebook, members.clamp_min(1).reciprocal())
         through = None if self.config.assignment == "fixed" else self._rows(original)
-        return self._rows(lookup(self._table(codebook), indices, through, self._memory))
+        return self._rows(lookup(self._table(codebook), indices, through, memory))
 
     def _indices(self, original: Tensor, codebook: Tensor) -> Tensor:
         """Indices with output channels first, as `lookup` wants them beside a table of rows."""
@@ -278,7 +283,7 @@ def fit_weight(
             tensors["sparsity_mask"] = weight.detach() == 0
     with torch.no_grad():
         fitted = make_clustered_weight(config, tensors, channel_dim=channel_dim)
-        clustered = fitted._evaluate(tensors["original"])
+        clustered = fitted.value(tensors["original"])
     return tensors | {"fit_error": relative_error(weight.detach(), clustered)}
 
 
