@@ -51,7 +51,6 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             FLOAT_CODEBOOK.format(3, "optimal", 300),
             "cluster.rules={conv1.weight: 32, conv2.weight: 8, dense2.weight: 32}",
-            TENTH,
         ),
     ),
     "fashion_k14": ("fashion_cnn", (FLOAT_CODEBOOK.format(14, "linear", 0), TENTH)),
