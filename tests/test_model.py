@@ -439,6 +439,7 @@ import sys, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_model import net, train
 from torchclust import restore_
+from torchclust.lookup import Memory
 state, of_optimizer = torch.load({str(tmp_path / "state.pt")!r})
 model = restore_(net(), state)
 optimizer = torch.optim.Adam(model.parameters(), 1e-2)
@@ -552,10 +553,10 @@ def test_eval_looks_up_once_until_something_changes(
     parametrization = layer.parametrizations.weight[0]
     evaluate = parametrization._evaluate
 
-    def counted(original: Tensor) -> Tensor:
+    def counted(original: Tensor, memory: Memory | None) -> Tensor:
         nonlocal count
         count += 1
-        return evaluate(original)
+        return evaluate(original, memory)
 
     monkeypatch.setattr(parametrization, "_evaluate", counted)
     original = layer.parametrizations.weight.original
