@@ -28,6 +28,7 @@ from torchclust import (
     strip_,
     summary,
 )
+from torchclust.lookup import Memory
 
 MODES: list[dict[str, Any]] = [
     {"assignment": assignment, "codebook_dtype": dtype}
@@ -439,7 +440,6 @@ import sys, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_model import net, train
 from torchclust import restore_
-from torchclust.lookup import Memory
 state, of_optimizer = torch.load({str(tmp_path / "state.pt")!r})
 model = restore_(net(), state)
 optimizer = torch.optim.Adam(model.parameters(), 1e-2)
