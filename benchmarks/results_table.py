@@ -49,8 +49,8 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fashion_small": (
         "fashion_cnn",
         (
-            FLOAT_CODEBOOK.format(3, "optimal", 300),
-            "cluster.rules={conv1.weight: 32, conv2.weight: 8, dense2.weight: 32}",
+            "cluster={n_clusters: 32, assignment: nearest}",
+            "cluster.rules={dense1.weight: {n_clusters: 13, init: linear, max_iter: 0}}",
         ),
     ),
     "fashion_k14": ("fashion_cnn", (FLOAT_CODEBOOK.format(14, "linear", 0), TENTH)),

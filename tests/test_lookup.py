@@ -178,3 +178,30 @@ def test_threads_change_no_bit(shape: tuple[int, ...], inference: bool) -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [1, 16, 129, 256])
+def test_values_gathered_in_pairs(k: int, dtype: torch.dtype) -> None:
+    table, indices, _ = example((k,), (2, 512 * k + 1), dtype)
+    table[-1] = torch.nan
+    expected = table[indices.long()]
+    flat = indices.view(-1)
+    for part in (flat, flat[1:], flat[1:-1], flat[::2], indices.T):  # aligned, odd in every way
+        value = lookup(table, part)
+        wanted = table[part.long()]
+        assert value.shape == part.shape
+        assert torch.equal(value.view(torch.uint8), wanted.contiguous().view(torch.uint8))
+    assert torch.equal(lookup(table, indices).nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_an_index_beyond_the_table_is_never_a_silent_zero() -> None:
+    table, indices, _ = example((4,), (8192,))
+    for place in (0, 1):  # the lower and the upper half of a pair
+        wrong = indices.clone()
+        wrong[place] = 4
+        try:
+            value = lookup(table, wrong)
+        except IndexError:
+            continue
+        assert value[place].isnan()

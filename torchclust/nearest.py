@@ -91,8 +91,11 @@ def count_below_in_units(rows: Tensor, units: Tensor, boundaries: Tensor) -> Ten
         return count_below(rows.to(units.dtype) / units, boundaries)
     step = max(1, _BLOCK * len(rows) // rows.numel())
     counts = torch.empty(rows.shape, dtype=torch.uint8)
+    quotients = torch.empty((step, *rows.shape[1:]), dtype=units.dtype)
     for part in (slice(start, start + step) for start in range(0, len(rows), step)):
-        counts[part] = count_below(rows[part].to(units.dtype) / units[part], boundaries)
+        divided = quotients[: len(rows[part])]
+        torch.div(rows[part].to(units.dtype), units[part], out=divided)
+        counts[part] = count_below(divided, boundaries)
     return counts
 
 

@@ -67,7 +67,8 @@ class ClusteredWeight(nn.Module):
     def forward(self, original: Tensor) -> Tensor:
         """The weight. Without gradients the last result is returned while nothing has changed."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self._cached = None
+            if self._cached is not None:  # assigning to a module's attribute takes its time
+                self._cached = None
             return self._evaluate(original, self._memory)
         sources = [original, *self._parameters.values(), *self._buffers.values()]
         tensors = [tensor for tensor in sources if tensor is not None]
