@@ -3,7 +3,7 @@
     python benchmarks/fit.py                        # all of it, a few minutes
     python benchmarks/fit.py speed error int8       # parts: speed, error, memory, int8
     python benchmarks/fit.py speed --flash /tmp/flash/bin/python
-    python benchmarks/fit.py --scaling fit_scaling.png
+    python benchmarks/fit.py --scaling docs/scaling.png      # also what a training step adds
 
 Times are medians over rounds in which every contestant runs once, so that a disturbance hits all of
 them; ratios are medians of the rounds' ratios. The error's judge is kmeans1d, which is exact.
@@ -27,10 +27,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from torchclust.channels import GRID, Channels
 from torchclust.codebook import fit_codebook
 from torchclust.integer_codebook import _alternate, fit_integer_codebook
+from torchclust.lookup import Memory, grouped_sum, lookup
+from torchclust.nearest import assign
 
 Weights = npt.NDArray[np.float32]
 PARTS = ("speed", "error", "memory", "int8")
@@ -186,31 +189,59 @@ def int8() -> None:
 
 
 def scaling(path: str) -> None:
+    """Time against n, 1e4 to 1e8: fitting, and what a clustered training step adds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     sizes = [10**e for e in (4, 5, 6, 7, 8)]
-    curves: dict[str, list[float]] = {"numpy.sort": [], "k = 2": [], "k = 16": [], "k = 256": []}
+    fitting: dict[str, list[float]] = {}
+    stepping: dict[str, list[float]] = {}
     for n in sizes:
         weights = draw("gauss", n)
         contestants: dict[str, Callable[[], Any]] = {"numpy.sort": lambda w=weights: np.sort(w)}
         for k in (2, 16, 256):
-            contestants[f"k = {k}"] = lambda w=weights, k=k: fit_codebook(w, k)
-        times = rounds(contestants, 5 if n < 10**7 else 3)
-        for name, seconds in times.items():
-            curves[name].append(median(seconds))
-        print(f"n = {n:.0e}: " + ", ".join(f"{c} {1e3 * t[-1]:.1f} ms" for c, t in curves.items()))
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, seconds in curves.items():
-        axes.loglog(sizes, seconds, "o-", label=name, color="grey" if name[0] == "n" else None)
-    axes.set(
-        xlabel="weights", ylabel="seconds", title="fit_codebook(init='optimal'), float32, Gaussian"
-    )
-    axes.legend()
-    axes.grid(alpha=0.3)
+            contestants[f"fit, k = {k}"] = lambda w=weights, k=k: fit_codebook(w, k)
+        for curves, measured, repeats in (
+            (fitting, contestants, 5 if n < 10**7 else 3),
+            (stepping, additions(weights), 31 if n < 10**7 else 7),
+        ):
+            times = rounds(measured, repeats)
+            for name, seconds in times.items():
+                curves.setdefault(name, []).append(median(seconds))
+            print(f"n = {n:.0e}: ", end="")
+            print(", ".join(f"{c} {1e3 * t[-1]:.2f} ms" for c, t in curves.items()), flush=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for ax, curves, title in (
+        (axes[0], fitting, "Fitting one codebook"),
+        (axes[1], stepping, "Added to a training step, k = 16"),
+    ):
+        for name, seconds in curves.items():
+            ax.loglog(sizes, seconds, "o-", label=name, color="grey" if name[0] == "n" else None)
+        ax.set(xlabel="weights", ylabel="seconds", title=f"{title} (float32, Gaussian)")
+        ax.legend()
+        ax.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def additions(weights: Weights) -> dict[str, Callable[[], Any]]:
+    """The operators of a clustered weight's forward and backward pass, without the optimizer's."""
+    weight = torch.from_numpy(weights)
+    table = torch.linspace(-2, 2, 16)
+    indices, memory = assign(weight, table), Memory()
+    gradient = weight.clone()
+
+    def fixed() -> Tensor:
+        lookup(table, indices, memory=memory)
+        return grouped_sum(gradient, indices, table.shape)
+
+    def nearest() -> Tensor:
+        found = assign(weight, table)
+        lookup(table, found, memory=memory)
+        return grouped_sum(gradient, found, table.shape)
+
+    return {"fixed": fixed, "nearest": nearest}
 
 
 def main() -> None:

@@ -383,17 +383,16 @@ class _Cached:
         self.value = value
         self._stamp = list(_stamps([value, *sources]))
         self._refs = [weakref.ref(source) for source in sources]
-        self._copies = [source.clone() for source in sources if _is_small(source)]
+        self._copies = [(i, s.clone()) for i, s in enumerate(sources) if _is_small(s)]
         self._inference = torch.is_inference_mode_enabled()
 
     def holds(self, sources: Sequence[Tensor]) -> bool:
-        small = [source for source in sources if _is_small(source)]
         return (
             self._inference == torch.is_inference_mode_enabled()
             and len(sources) == len(self._refs)
             and all(r() is s for r, s in zip(self._refs, sources, strict=True))
             and self._stamp == list(_stamps([self.value, *sources]))
-            and all(torch.equal(c, s) for c, s in zip(self._copies, small, strict=True))
+            and all(torch.equal(copy, sources[i]) for i, copy in self._copies)
         )
 
 
