@@ -50,7 +50,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
         "fashion_cnn",
         (
             "cluster={n_clusters: 32, assignment: nearest}",
-            "cluster.rules={dense1.weight: {n_clusters: 13, init: linear, max_iter: 0}}",
+            "cluster.rules={dense1.weight: {n_clusters: 11, init: linear, max_iter: 0}}",
         ),
     ),
     "fashion_k14": ("fashion_cnn", (FLOAT_CODEBOOK.format(14, "linear", 0), TENTH)),

@@ -13,6 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from torchclust import arguments
 from torchclust.codebook import Codebook, fit_codebook
 from torchclust.nearest import assign, count_below, count_below_in_units
 
@@ -472,6 +473,25 @@ def test_importance_of_zero_and_of_any_size() -> None:
     dead = fit_codebook(values, 2, importance=np.zeros(6))
     assert torch.equal(dead.centroids, fit_codebook(values, 2).centroids)
     assert dead.inertia == 0
+
+
+def test_values_of_importance_zero_are_left_out_block_by_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(arguments, "_BLOCK", 16)
+    rng = np.random.default_rng(0)
+    values = torch.from_numpy(rng.standard_normal(101).astype(np.float32))
+    weights = torch.from_numpy(rng.random(101).astype(np.float32))
+    weights[torch.from_numpy(rng.random(101) < 0.6)] = 0
+    before = values.clone(), weights.clone()
+    alive = weights > 0
+    ordered, kept = arguments.sort_values(values, weights)
+    order = values[alive].argsort()
+    assert kept is not None
+    assert np.array_equal(ordered, values[alive][order].numpy())
+    assert np.array_equal(kept, weights[alive][order].numpy())
+    assert torch.equal(values, before[0])
+    assert torch.equal(weights, before[1])
 
 
 def test_very_uneven_importance_survives_prefix_sums() -> None:
