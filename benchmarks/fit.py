@@ -218,8 +218,9 @@ def scaling(path: str) -> None:
         (axes[1], stepping, "Added to a training step, k = 16"),
     ):
         for name, seconds in curves.items():
-            ax.loglog(sizes, seconds, "o-", label=name, color="grey" if name[0] == "n" else None)
-        ax.set(xlabel="weights", ylabel="seconds", title=f"{title} (float32, Gaussian)")
+            color = "grey" if name == "numpy.sort" else None
+            ax.loglog(sizes, seconds, "o-", label=name, color=color)
+        ax.set(xlabel="weights (float32, Gaussian)", ylabel="seconds", title=title)
         ax.legend()
         ax.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -1,12 +1,13 @@
 """What a clustered training step, its evaluation and its memory cost against the plain ones.
 
     python benchmarks/step.py [--device cuda] [--model cnn mlp resnet50] [--repeats 15]
+                              [--keep-freed]
     python benchmarks/step.py --memory
 
 Every round runs one step of each variant in turn, so that a disturbance hits all of them; printed
-are medians over the rounds and their ratio to the plain step. On Linux glibc's allocator is told to
-keep what is freed: else activations go back to the kernel and return as page faults, 5,000 to 12,000
-a step of the CNN from one process to the next, whose chance outweighs everything measured here.
+are medians over the rounds and their ratio to the plain step. With --keep-freed glibc's allocator
+keeps what is freed. As it comes, large tensors go back to the kernel and return as page faults: a
+quarter of the MLP's plain step, and, 5,000 to 12,000 a step by chance, the scatter of the CNN's.
 Memory is the peak resident size of a process of its own that takes five steps (CPU), less what it
 held after its imports.
 """
@@ -174,13 +175,14 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["cnn", "mlp"])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--clusters", type=int, default=16)
+    parser.add_argument("--keep-freed", action="store_true", help="without page faults (glibc)")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         print(peak_memory(args.peak))
         return
-    if sys.platform == "linux" and not args.memory and KEEP_FREED.items() - os.environ.items():
+    if args.keep_freed and KEEP_FREED.items() - os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_FREED})
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
     if args.memory:

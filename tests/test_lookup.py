@@ -121,7 +121,7 @@ def test_compiled_export_and_transforms_see_plain_operators(through: bool) -> No
 
 
 def test_memory_is_written_again_only_when_nobody_holds_it() -> None:
-    table, indices, _ = example((7,), (64, 8))
+    table, indices, _ = example((7,), (6400, 8))
     memory = module.Memory()
     first = lookup(table, indices, memory=memory)
     address, expected = first.data_ptr(), first.clone()
@@ -141,7 +141,7 @@ def test_memory_is_written_again_only_when_nobody_holds_it() -> None:
 
 
 def test_memory_that_backward_still_needs_is_left_alone() -> None:
-    table, indices, _ = example((7,), (64, 8))
+    table, indices, _ = example((7,), (6400, 8))
     table.requires_grad_()
     memory = module.Memory()
     x = torch.randn(5, 8)
@@ -156,7 +156,7 @@ def test_memory_that_backward_still_needs_is_left_alone() -> None:
 
 
 def test_copies_have_memory_of_their_own() -> None:
-    table, indices, _ = example((7,), (64, 8))
+    table, indices, _ = example((7,), (6400, 8))
     memory = module.Memory()
     value = lookup(table, indices, memory=memory)
     for copied in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 T = TypeVar("T")
 
 _BLOCK = 1 << 15  # indices at a time: widened they stay in the cache, and torch starts no threads
+_SHARED = 4  # as many at a time where threads share a gather: fewer hand-overs between them
 _THREADED = 1 << 21  # elements from which a second thread is worth waking
 _DOUBLE = {torch.float32: torch.int64, torch.float16: torch.int32, torch.bfloat16: torch.int32}
 _LANES = 2048  # accumulators per centroid on an accelerator, so that atomics rarely meet
@@ -203,7 +204,7 @@ def _gather(table: Tensor, indices: Tensor, memory: Memory | None) -> Tensor:
         def gather(block: slice) -> None:
             torch.gather(table[block], 1, index[block].long(), out=flat[block])
 
-    _in_threads(gather, index)
+    _in_threads(gather, index, _SHARED * _BLOCK)
     return out
 
 
@@ -257,11 +258,12 @@ def _at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
-def _in_threads(function: Callable[[slice], T], index: Tensor) -> list[T]:
+def _in_threads(function: Callable[[slice], T], index: Tensor, shared: int = _BLOCK) -> list[T]:
     """Results of `function` for all blocks, in order; each thread takes a few runs of blocks."""
-    blocks, threads = _blocks(index), torch.get_num_threads()
+    threads = torch.get_num_threads()
     if threads == 1 or index.numel() < _THREADED:
-        return [function(block) for block in blocks]
+        return [function(block) for block in _blocks(index, _BLOCK)]
+    blocks = _blocks(index, shared)
     mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
     size = -(-len(blocks) // (4 * threads))
 
@@ -288,8 +290,8 @@ def _users(storage: torch.UntypedStorage) -> int:
     return count
 
 
-def _blocks(index: Tensor) -> list[slice]:
-    """Slices of neighbouring rows that hold about `_BLOCK` elements, at least one row each."""
+def _blocks(index: Tensor, elements: int) -> list[slice]:
+    """Slices of neighbouring rows that hold about so many elements, at least one row each."""
     rows = len(index)
-    step = max(1, _BLOCK * rows // max(1, index.numel()))
+    step = max(1, elements * rows // max(1, index.numel()))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
