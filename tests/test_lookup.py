@@ -152,7 +152,7 @@ def test_memory_that_backward_still_needs_is_left_alone() -> None:
     (found,) = torch.autograd.grad(sum(outputs), table)
     outputs = [(x @ (factor * table)[indices.long()].T).pow(2).sum() for factor in (1.0, 3.0)]
     (expected,) = torch.autograd.grad(sum(outputs), table)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)  # sums of 51,200 float32
 
 
 def test_copies_have_memory_of_their_own() -> None:
