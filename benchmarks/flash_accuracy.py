@@ -1,7 +1,7 @@
 """Flash against accuracy on Fashion-MNIST: int8 codebooks, other ways, and no clustering.
 
     python benchmarks/flash_accuracy.py [--seeds 0 1 2] [--batch-norm off on]
-                                        [--points mixed curve cqat]
+                                        [--points mixed even curve cqat]
     python benchmarks/flash_accuracy.py --table          # means over the seeds measured so far
     python benchmarks/flash_accuracy.py --plot docs/flash_accuracy.png
 
@@ -39,10 +39,12 @@ RESULTS = Path(__file__).parent / "results" / "flash_accuracy.jsonl"
 INT8 = {"codebook_dtype": "int8", "assignment": "nearest"}
 FLOAT = {"assignment": "nearest"}
 CQAT = "int8 codebook and quantized activations, 3 codes"
+KINDS = ("mixed", "even", "curve", "cqat")
+EVEN = (8, 12, 16)
 CODES = {4: 3, 6: 5, 8: 7, 16: 15, 32: 31}
 
 
-def mixed(second: int, dense: int) -> dict[str, int]:
+def mixed(second: int, dense: Any) -> dict[str, Any]:
     """31 codes for the first and the last layer, which hold 0.7 % of the weights."""
     return {"conv1.weight": 32, "conv2.weight": second, "dense1.weight": dense, "dense2.weight": 32}
 
@@ -55,11 +57,21 @@ def points() -> dict[str, tuple[Any, Mapping[str, str]]]:
         "mixed 5/3": (mixed(6, 4), INT8),
         CQAT: (4, INT8),
     }
+    for k in EVEN:  # evenly spaced at first, so that most weights share few of the values
+        dense = {"n_clusters": k, "init": "linear", "max_iter": 0, **FLOAT}
+        found[f"even {k}"] = (mixed(24, dense), FLOAT)
     for k, codes in CODES.items():
         found[f"int8 codebook, {codes} codes"] = (k, INT8)
     for k in CODES:
         found[f"float codebook, then quantized, {k} clusters"] = (k, FLOAT)
     return found
+
+
+def kind(name: str) -> str:
+    """Which of `KINDS` a point belongs to; the control goes with the mixed ones."""
+    if name == CQAT:
+        return "cqat"
+    return "curve" if "codebook" in name else "even" if name.startswith("even") else "mixed"
 
 
 def base(data: Data, seed: int, batch_norm: bool) -> nn.Module:
@@ -109,7 +121,7 @@ def measure(data: Data, seed: int, batch_norm: bool, name: str) -> dict[str, Any
         progress=False,
     )
     reached = accuracy(model, loader(data.test, 1000))
-    if options == FLOAT:
+    if name.startswith("float"):
         model = as_others_do(model)
     calibration: Tensor = samples(data.train, 200, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -174,6 +186,7 @@ def plot(path: Path) -> None:
         ("int8 codebook,", "int8 codebook, one number of codes for all layers", "o-", "right"),
         ("float codebook,", "float codebook, then quantized", "s--", "left"),
         ("mixed", "int8 codebook, more codes for the first and last layer", "*", "center"),
+        ("even", "float codebook, evenly spaced in the big layer", "v", "center"),
     ):
         own = [(name, found[name]) for name in points() if prefix in name and name in found]
         rows = sorted((r["flash_kib"], -r["loss"], name) for name, r in own)
@@ -199,9 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch-norm", nargs="+", choices=("off", "on"), default=["off", "on"])
-    parser.add_argument(
-        "--points", nargs="+", choices=("mixed", "curve", "cqat"), default=["mixed"]
-    )
+    parser.add_argument("--points", nargs="+", choices=KINDS, default=["mixed"])
     parser.add_argument("--table", action="store_true", help="print what has been measured")
     parser.add_argument("--plot", type=Path, help="draw what has been measured with BatchNorm")
     args = parser.parse_args()
@@ -214,8 +225,7 @@ def main() -> None:
     for seed in args.seeds:
         for batch_norm in (choice == "on" for choice in args.batch_norm):
             for name in points():
-                kind = "cqat" if name == CQAT else "curve" if "codebook" in name else "mixed"
-                if kind in args.points and (batch_norm, seed, name) not in done:
+                if kind(name) in args.points and (batch_norm, seed, name) not in done:
                     row = measure(data, seed, batch_norm, name)
                     with RESULTS.open("a") as file:
                         print(json.dumps(row), file=file, flush=True)

@@ -54,13 +54,6 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
             "dense1.weight: {n_clusters: 12, init: linear, max_iter: 0}}",
         ),
     ),
-    "fashion_int8": (
-        "fashion_cnn",
-        (
-            "cluster.n_clusters=6",
-            "cluster.rules={conv1.weight: 32, conv2.weight: 32, dense2.weight: 32}",
-        ),
-    ),
     "fashion_k14": ("fashion_cnn", (FLOAT_CODEBOOK.format(14, "linear", 0), TENTH)),
     "fashion_k16": ("fashion_cnn", (FLOAT_CODEBOOK.format(16, "optimal", 300), TENTH)),
     "fashion_k32": ("fashion_cnn", (FLOAT_CODEBOOK.format(32, "linear", 0), TENTH)),
@@ -127,9 +120,6 @@ ROWS = (
     Row("seed CNN, k=32/24/12/32 by layer",
         ("TFMOT measured (k=14), Fashion-MNIST 90.06 → 89.54", kb(1_599_984, 185_924)),
         "fashion_small", "Fashion-MNIST"),
-    Row("seed CNN, int8 k=32/32/6/32 by layer",
-        ("TFMOT measured (k=14), Fashion-MNIST 90.06 → 89.54", kb(1_599_984, 185_924)),
-        "fashion_int8", "Fashion-MNIST"),
     Row("DS-CNN-L, k=32", (TFMOT + "Speech Commands 95.23 → 95.09", kb(1_460_000, 390_000)),
         "kws_k32", "12 synthetic keywords"),
     Row("DS-CNN-L, k=8", (TFMOT + "Speech Commands 95.23 → 94.27", kb(1_460_000, 270_000)),
