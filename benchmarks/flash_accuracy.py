@@ -40,7 +40,7 @@ INT8 = {"codebook_dtype": "int8", "assignment": "nearest"}
 FLOAT = {"assignment": "nearest"}
 CQAT = "int8 codebook and quantized activations, 3 codes"
 KINDS = ("mixed", "even", "curve", "cqat")
-EVEN = (8, 12, 16)
+EVEN = (4, 6, 8, 12)
 CODES = {4: 3, 6: 5, 8: 7, 16: 15, 32: 31}
 
 
@@ -57,7 +57,7 @@ def points() -> dict[str, tuple[Any, Mapping[str, str]]]:
         "mixed 5/3": (mixed(6, 4), INT8),
         CQAT: (4, INT8),
     }
-    for k in EVEN:  # evenly spaced at first, so that most weights share few of the values
+    for k in EVEN:  # evenly spaced at first, so most weights share a few of the values
         dense = {"n_clusters": k, "init": "linear", "max_iter": 0, **FLOAT}
         found[f"even {k}"] = (mixed(24, dense), FLOAT)
     for k, codes in CODES.items():

@@ -46,14 +46,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "seed_article": ("mnist_cnn", (FLOAT_CODEBOOK.format(14, "linear", 0),)),
     "mnist_convnet": ("mnist_convnet", ()),
     "mnist_convnet_k16": ("mnist_convnet", ("cluster.n_clusters=16",)),
-    "fashion_small": (
-        "fashion_cnn",
-        (
-            "cluster={n_clusters: 32, assignment: nearest}",
-            "cluster.rules={conv2.weight: 24, "
-            "dense1.weight: {n_clusters: 12, init: linear, max_iter: 0}}",
-        ),
-    ),
+    "fashion_small": ("fashion_cnn", ()),
     "fashion_k14": ("fashion_cnn", (FLOAT_CODEBOOK.format(14, "linear", 0), TENTH)),
     "fashion_k16": ("fashion_cnn", (FLOAT_CODEBOOK.format(16, "optimal", 300), TENTH)),
     "fashion_k32": ("fashion_cnn", (FLOAT_CODEBOOK.format(32, "linear", 0), TENTH)),
