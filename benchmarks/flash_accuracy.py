@@ -184,9 +184,9 @@ def plot(path: Path) -> None:
     found = {name: row for (batch_norm, name), row in averages().items() if batch_norm}
     for prefix, label, style, side in (
         ("int8 codebook,", "int8 codebook, one number of codes for all layers", "o-", "right"),
-        ("float codebook,", "float codebook, then quantized", "s--", "left"),
+        ("float codebook,", "float codebook, rounded channel by channel", "s--", "left"),
         ("mixed", "int8 codebook, more codes for the first and last layer", "*", "center"),
-        ("even", "float codebook, evenly spaced in the big layer", "v", "center"),
+        ("even", "float codebook, 4 to 12 evenly spaced in the big layer", "v-", "right"),
     ):
         own = [(name, found[name]) for name in points() if prefix in name and name in found]
         rows = sorted((r["flash_kib"], -r["loss"], name) for name, r in own)
@@ -194,15 +194,15 @@ def plot(path: Path) -> None:
         axes.plot(flash, gained, style, label=label, markersize=11 if style == "*" else 6)
         if side != "center":
             for x, y, name in rows:
-                words = name.split(", ")[-1]
-                offset = (-6, 4) if side == "right" else (6, -10)
+                words = name.removeprefix("even ").split(", ")[-1]
+                offset = (-6, 4) if side == "right" else (8, -14)
                 axes.annotate(words, (x, y), offset, textcoords="offset points", size=7, ha=side)
     axes.plot(found["control"]["flash_kib"], 0, "kD", label="not clustered, int8")
     axes.axhline(0, color="k", linewidth=0.5, linestyle=":")
     axes.set_xlabel("flash, KiB (Vela, Ethos-U55-128)")
     axes.set_ylabel("int8 accuracy against not clustered, points")
     axes.set_title("Fashion-MNIST, CNN with BatchNorm, 431,000 weights", fontsize=10)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 440)
     axes.legend(fontsize=8, loc="lower right")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
