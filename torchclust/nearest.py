@@ -109,7 +109,7 @@ def _next_below(values: Tensor) -> Tensor:
 
 def _count_below(values: npt.NDArray[Any], limits: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     flat = np.ascontiguousarray(values).reshape(-1)
-    counts = np.zeros(len(flat), dtype=np.uint8)
+    counts = np.empty(len(flat), dtype=np.uint8)
     limits = limits + np.zeros((), limits.dtype)  # turns -0.0 into 0.0
     if len(limits) > _COMPARED and len(flat) >= _SMALL and flat.dtype == np.float32:
         _by_leading_bits(flat, limits, counts)
@@ -123,11 +123,15 @@ def _count_below(values: npt.NDArray[Any], limits: npt.NDArray[Any]) -> npt.NDAr
 def _by_comparing(
     flat: npt.NDArray[Any], limits: npt.NDArray[Any], counts: npt.NDArray[np.uint8]
 ) -> None:
+    if len(limits) == 0:
+        counts.fill(0)
+        return
     above = np.empty(min(_BLOCK, len(flat)), dtype=np.bool_)
     for start in range(0, len(flat), _BLOCK):
         block, count = flat[start : start + _BLOCK], counts[start : start + _BLOCK]
         hits = above[: len(block)]
-        for limit in limits:
+        np.greater(block, limits[0], out=count.view(np.bool_))
+        for limit in limits[1:]:
             np.greater(block, limit, out=hits)
             np.add(count, hits.view(np.uint8), out=count)
 
