@@ -51,7 +51,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fashion_k16": ("fashion_cnn", (FLOAT_CODEBOOK.format(16, "optimal", 300), TENTH)),
     "fashion_k32": ("fashion_cnn", (FLOAT_CODEBOOK.format(32, "linear", 0), TENTH)),
     "kws_k32": ("kws_ds_cnn_l", ()),
-    "kws_k8": ("kws_ds_cnn_l", ("cluster.n_clusters=8", "cluster.init=optimal")),
+    "kws_k8": ("kws_ds_cnn_l", ("cluster.n_clusters=8",)),
     **{network: (f"{network}_fashion", ()) for network in LAST_THREE},
     **{
         f"{network}_last3_k{k}": (f"{network}_fashion", (selective(network, k),))
