@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torchclust import arguments
 from torchclust.codebook import Codebook, fit_codebook
 from torchclust.nearest import assign, count_below, count_below_in_units
+from torchclust.threads import WORTHWHILE
 
 INITS = ["optimal", "linear", "density", "random", "kmeans++"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -641,12 +642,15 @@ def test_assign_shapes_and_transforms() -> None:
     assert by_row.equal(expected)
 
 
+@pytest.mark.parametrize("n", [100_003, WORTHWHILE + 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [3, 40, 200])
-def test_both_ways_to_count_agree(k: int) -> None:
-    """The blocks of the CPU against torch.bucketize, which other devices and compilers run."""
+def test_both_ways_to_count_agree(k: int, dtype: torch.dtype, n: int) -> None:
+    """Blocks and threads of the CPU against torch.bucketize, which devices and compilers run."""
     generator = torch.Generator().manual_seed(k)
-    values = torch.randn(100_003, generator=generator)
+    values = torch.randn(n, generator=generator, dtype=dtype)
     limits = torch.cat([torch.randn(k - 3, generator=generator), torch.zeros(3)]).sort().values
+    limits = limits.to(dtype)
     values[:6] = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0, 1e-45, -1e-45])
     assert count_below(values, limits).equal(torch.bucketize(values, limits).to(torch.uint8))
 
@@ -658,7 +662,7 @@ def test_a_crowded_cell_is_still_resolved() -> None:
     assert count_below(values, limits).equal(torch.bucketize(values, limits).to(torch.uint8))
 
 
-@pytest.mark.parametrize("shape", [(7, 5), (300, 3, 500), (3, 200_000)])
+@pytest.mark.parametrize("shape", [(7, 5), (300, 3, 500), (3, 200_000), (21, 100_003)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_compared_in_their_own_units(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """In parts as at once, whether a part is many rows or one."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchclust import lookup as module
 from torchclust.lookup import grouped_sum, lookup
+from torchclust.threads import WORTHWHILE
 
 SHAPES = [
     ((7,), (7,)),
@@ -166,7 +167,7 @@ def test_copies_have_memory_of_their_own() -> None:
 @pytest.mark.parametrize("shape", [(16,), (1500, 6)])
 def test_threads_change_no_bit(shape: tuple[int, ...], inference: bool) -> None:
     table, indices, values = example(shape, (1500, 1500))
-    assert indices.numel() >= module._THREADED
+    assert indices.numel() >= WORTHWHILE
     threads = torch.get_num_threads()
     found = []
     try:

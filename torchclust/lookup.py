@@ -13,24 +13,18 @@ torch uses; sums are added in the order of the shares, so their bits do not depe
 
 from __future__ import annotations
 
-import functools
-import itertools
-import os
 import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-T = TypeVar("T")
+from torchclust.threads import in_blocks, must_be_traceable
 
 _BLOCK = 1 << 15  # indices at a time: widened they stay in the cache, and torch starts no threads
 _SHARED = 4  # as many at a time where threads share a gather: fewer hand-overs between them
-_THREADED = 1 << 21  # elements from which a second thread is worth waking
 _DOUBLE = {torch.float32: torch.int64, torch.float16: torch.int32, torch.bfloat16: torch.int32}
 _LANES = 2048  # accumulators per centroid on an accelerator, so that atomics rarely meet
 
@@ -79,7 +73,7 @@ def lookup(
         A contiguous tensor of the indices' shape and the table's dtype. Its gradient reaches the
         table summed by index; every value is an element of the table to the bit.
     """
-    if _must_be_traceable():
+    if must_be_traceable():
         value = _plain_lookup(table, indices)
         return value if through is None else value + (through - through.detach())
     if through is None:
@@ -100,7 +94,7 @@ def grouped_sum(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
         in float32 within a block of 32,768 values and in float64 over the blocks on the CPU; on
         other devices in float32, spread over many accumulators, without a copy to the host.
     """
-    if _must_be_traceable() or values.device.type != "cpu":
+    if must_be_traceable() or values.device.type != "cpu":
         return _scatter_sum(values, indices, shape)
     if len(shape) == 1:
         flat, index = values.detach().reshape(-1), indices.reshape(-1)
@@ -111,7 +105,7 @@ def grouped_sum(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
             weights = _at_least_float32(flat[block])
             return torch.bincount(index[block], weights=weights, minlength=shape[0])
 
-        sums = torch.stack(_in_threads(add, index))
+        sums = torch.stack(in_blocks(add, index, _BLOCK))
         return sums.sum(0, dtype=torch.float64).to(values.dtype)
     flat, index = values.detach().flatten(1), indices.flatten(1)
     total = _at_least_float32(torch.zeros(shape, dtype=values.dtype))
@@ -119,7 +113,7 @@ def grouped_sum(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
     def add_rows(block: slice) -> None:
         total[block].scatter_add_(1, index[block].long(), _at_least_float32(flat[block]))
 
-    _in_threads(add_rows, index)
+    in_blocks(add_rows, index, _BLOCK)
     return total.to(values.dtype)
 
 
@@ -175,11 +169,6 @@ class _LookupThrough(torch.autograd.Function):
         return for_table, None, grad if ctx.needs_input_grad[2] else None, None
 
 
-def _must_be_traceable() -> bool:
-    """Under a compiler, ``torch.export``, or ``torch.func``'s transforms: plain torch operators."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
 def _apply(function: Any, *args: Any) -> Tensor:
     result: Tensor = function.apply(*args)  # untyped in torch
     return result
@@ -204,7 +193,7 @@ def _gather(table: Tensor, indices: Tensor, memory: Memory | None) -> Tensor:
         def gather(block: slice) -> None:
             torch.gather(table[block], 1, index[block].long(), out=flat[block])
 
-    _in_threads(gather, index, _SHARED * _BLOCK)
+    in_blocks(gather, index, _BLOCK, _SHARED * _BLOCK)
     return out
 
 
@@ -258,40 +247,7 @@ def _at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
-def _in_threads(function: Callable[[slice], T], index: Tensor, shared: int = _BLOCK) -> list[T]:
-    """Results of `function` for all blocks, in order; each thread takes a few runs of blocks."""
-    threads = torch.get_num_threads()
-    if threads == 1 or index.numel() < _THREADED:
-        return [function(block) for block in _blocks(index, _BLOCK)]
-    blocks = _blocks(index, shared)
-    mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
-    size = -(-len(blocks) // (4 * threads))
-
-    def run(start: int) -> list[T]:
-        with mode():
-            return [function(block) for block in blocks[start : start + size]]
-
-    runs = _pool(threads).map(run, range(0, len(blocks), size))
-    return list(itertools.chain.from_iterable(runs))
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="torchclust")
-
-
-if hasattr(os, "register_at_fork"):  # threads do not live on in a forked child: it starts its own
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
 def _users(storage: torch.UntypedStorage) -> int:
     """How many tensors and handles share a storage; torch's CUDA graphs ask the same."""
     count: int = torch._C._storage_Use_Count(storage._cdata)
     return count
-
-
-def _blocks(index: Tensor, elements: int) -> list[slice]:
-    """Slices of neighbouring rows that hold about so many elements, at least one row each."""
-    rows = len(index)
-    step = max(1, elements * rows // max(1, index.numel()))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 17  # values at a time: they and the result stay in the second-level cache
+from torchclust.threads import in_blocks, must_be_traceable
+
+_BLOCK = 1 << 16  # values at a time: they and the result stay in the second-level cache
+_SHARE = 1 << 20  # values that a thread takes at a time
 _SMALL = 1 << 13  # below this many values the table of `_by_leading_bits` costs more than it saves
 _COMPARED = 24  # boundaries: up to here comparing with each of them beats any kind of search
 _HIGH_HALF = 1 if sys.byteorder == "little" else 0
+
+Floats = npt.NDArray[Any]
+Counts = npt.NDArray[np.uint8]
 
 
 def assign(values: Tensor, centroids: Tensor) -> Tensor:
@@ -50,8 +58,8 @@ def midpoints(centroids: Tensor) -> Tensor:
 def count_below(values: Tensor, boundaries: Tensor) -> Tensor:
     """For every value, how many of the ascending boundaries lie strictly below it.
 
-    On the CPU this runs in blocks through numpy, whose comparisons and table look-ups are several
-    times faster than a binary search a value; elsewhere, and under a compiler, it is
+    On the CPU this runs in blocks and threads through numpy, whose comparisons and table look-ups
+    are several times faster than a binary search a value; elsewhere, and under a compiler, it is
     `torch.bucketize`.
 
     Args:
@@ -64,13 +72,12 @@ def count_below(values: Tensor, boundaries: Tensor) -> Tensor:
     dtype = _searchable(torch.promote_types(values.dtype, boundaries.dtype))
     values, boundaries = values.detach().to(dtype), boundaries.detach().to(dtype)
     few = len(boundaries) < 256
-    if few and values.device.type == "cpu" and not torch.compiler.is_compiling():
-        try:
-            plain, limits = values.numpy(), boundaries.numpy()
-        except (RuntimeError, TypeError):  # a tensor under a functorch transform has no array
-            pass
-        else:
-            return torch.from_numpy(_count_below(plain, limits))
+    if few and values.device.type == "cpu" and not must_be_traceable():
+        flat, counts = values.reshape(-1), torch.empty(values.shape, dtype=torch.uint8)
+        count = _counter(boundaries.numpy(), values.numel())
+        plain, written = flat.numpy(), counts.view(-1).numpy()
+        in_blocks(lambda part: count(plain[part], written[part]), flat, len(flat), _SHARE)
+        return counts
     found = torch.bucketize(values.contiguous(), boundaries.contiguous(), out_int32=True)
     return found.to(torch.uint8) if few else found
 
@@ -87,15 +94,16 @@ def count_below_in_units(rows: Tensor, units: Tensor, boundaries: Tensor) -> Ten
         boundaries: `(b,)` ascending.
     """
     units = units.view(-1, *[1] * (rows.dim() - 1))
-    if rows.device.type != "cpu" or torch.compiler.is_compiling() or rows.numel() <= _BLOCK:
+    if rows.device.type != "cpu" or must_be_traceable() or rows.numel() <= _BLOCK:
         return count_below(rows.to(units.dtype) / units, boundaries)
-    step = max(1, _BLOCK * len(rows) // rows.numel())
-    counts = torch.empty(rows.shape, dtype=torch.uint8)
-    quotients = torch.empty((step, *rows.shape[1:]), dtype=units.dtype)
-    for part in (slice(start, start + step) for start in range(0, len(rows), step)):
-        divided = quotients[: len(rows[part])]
-        torch.div(rows[part].to(units.dtype), units[part], out=divided)
-        counts[part] = count_below(divided, boundaries)
+    rows, counts = rows.detach(), torch.empty(rows.shape, dtype=torch.uint8)
+    count = _counter(boundaries.to(units.dtype).numpy(), rows.numel())
+
+    def divide_and_count(part: slice) -> None:
+        quotients = rows[part].to(units.dtype).numpy() / units[part].numpy()
+        count(quotients.reshape(-1), counts[part].view(-1).numpy())
+
+    in_blocks(divide_and_count, rows, _BLOCK)
     return counts
 
 
@@ -107,47 +115,53 @@ def _next_below(values: Tensor) -> Tensor:
     return torch.nextafter(values, torch.full_like(values, -torch.inf))
 
 
-def _count_below(values: npt.NDArray[Any], limits: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    flat = np.ascontiguousarray(values).reshape(-1)
-    counts = np.empty(len(flat), dtype=np.uint8)
+def _counter(limits: Floats, numel: int) -> Callable[[Floats, Counts], None]:
+    """What writes the counts of flat values, in the way that is quickest for so many."""
     limits = limits + np.zeros((), limits.dtype)  # turns -0.0 into 0.0
-    if len(limits) > _COMPARED and len(flat) >= _SMALL and flat.dtype == np.float32:
-        _by_leading_bits(flat, limits, counts)
-    elif len(limits) > _COMPARED:
-        counts[:] = np.searchsorted(limits, flat)
-    else:
-        _by_comparing(flat, limits, counts)
-    return counts.reshape(values.shape)
+    if len(limits) <= _COMPARED:
+        return functools.partial(_by_comparing, limits)
+    if numel >= _SMALL and limits.dtype == np.float32:
+        return functools.partial(_by_leading_bits, _LeadingBits(limits))
+    return functools.partial(_by_search, limits)
 
 
-def _by_comparing(
-    flat: npt.NDArray[Any], limits: npt.NDArray[Any], counts: npt.NDArray[np.uint8]
-) -> None:
-    if len(limits) == 0:
-        counts.fill(0)
-        return
-    above = np.empty(min(_BLOCK, len(flat)), dtype=np.bool_)
+def _by_comparing(limits: Floats, flat: Floats, counts: Counts) -> None:
+    """All boundaries in one call for a block: no shorter one is worth a thread's turn."""
+    hits = np.empty((len(limits), min(_BLOCK, len(flat))), dtype=np.bool_)
     for start in range(0, len(flat), _BLOCK):
         block, count = flat[start : start + _BLOCK], counts[start : start + _BLOCK]
-        hits = above[: len(block)]
-        np.greater(block, limits[0], out=count.view(np.bool_))
-        for limit in limits[1:]:
-            np.greater(block, limit, out=hits)
-            np.add(count, hits.view(np.uint8), out=count)
+        above = hits[:, : len(block)]
+        np.greater(block, limits[:, None], out=above)
+        np.add.reduce(above.view(np.uint8), axis=0, dtype=np.uint8, out=count)
 
 
-def _by_leading_bits(
-    flat: npt.NDArray[np.float32], limits: npt.NDArray[np.float32], counts: npt.NDArray[np.uint8]
-) -> None:
-    """Look the first 16 bits up (sign, exponent, 7 bits of fraction), then compare what is left."""
-    leading = limits.view(np.uint16)[_HIGH_HALF::2].astype(np.int64)
-    rank = np.where(leading < 0x8000, 0x8000 + leading, 0xFFFF - leading)  # ascending in value
-    in_cell = np.bincount(rank, minlength=0x10000)
-    before = (np.cumsum(in_cell) - in_cell).astype(np.uint8)
-    table = np.concatenate([before[0x8000:], before[0x7FFF::-1]])
-    padded = np.append(limits, np.float32(np.inf))
+def _by_search(limits: Floats, flat: Floats, counts: Counts) -> None:
+    counts[:] = np.searchsorted(limits, flat)
+
+
+class _LeadingBits:
+    """Boundaries by their first 16 bits: sign, exponent, 7 bits of fraction.
+
+    Attributes:
+        table: `(65536,)`: boundaries in all cells below, by these bits of a value.
+        limits: the boundaries, and infinity.
+        crowd: how many boundaries the fullest cell holds.
+    """
+
+    def __init__(self, limits: npt.NDArray[np.float32]) -> None:
+        leading = limits.view(np.uint16)[_HIGH_HALF::2].astype(np.int64)
+        rank = np.where(leading < 0x8000, 0x8000 + leading, 0xFFFF - leading)  # ascending in value
+        in_cell = np.bincount(rank, minlength=0x10000)
+        before = (np.cumsum(in_cell) - in_cell).astype(np.uint8)
+        self.table = np.concatenate([before[0x8000:], before[0x7FFF::-1]])
+        self.limits = np.append(limits, np.float32(np.inf))
+        self.crowd = int(in_cell.max())
+
+
+def _by_leading_bits(bits: _LeadingBits, flat: Floats, counts: Counts) -> None:
+    """Look the first 16 bits up, then compare what is left."""
     for start in range(0, len(flat), _BLOCK):
         block, count = flat[start : start + _BLOCK], counts[start : start + _BLOCK]
-        np.take(table, block.view(np.uint16)[_HIGH_HALF::2], out=count)
-        for _ in range(int(in_cell.max())):
-            count += np.greater(block, np.take(padded, count)).view(np.uint8)
+        np.take(bits.table, block.view(np.uint16)[_HIGH_HALF::2], out=count)
+        for _ in range(bits.crowd):
+            count += np.greater(block, np.take(bits.limits, count)).view(np.uint8)
