@@ -4,8 +4,9 @@
                               [--keep-freed]
     python benchmarks/step.py --memory
 
-Every round runs one step of each variant in turn, so that a disturbance hits all of them; printed
-are medians over the rounds and their ratio to the plain step. With --keep-freed glibc's allocator
+Each variant has a process of its own with the plain network, as large tensors of others would
+disturb the allocator. Their steps take turns, so that a disturbance hits both; printed are medians
+over the rounds and the ratio to the plain step. With --keep-freed glibc's allocator
 keeps what is freed. As it comes, large tensors go back to the kernel and return as page faults: a
 quarter of the MLP's plain step, and, 5,000 to 12,000 a step by chance, the scatter of the CNN's.
 Memory is the peak resident size of a process of its own that takes five steps (CPU), less what it
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import os
 import platform
 import subprocess
@@ -36,7 +38,7 @@ KEEP_FREED = {  # glibc: serve large blocks from the heap too, and never shrink 
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
 VARIANTS: dict[str, dict[str, str] | None] = {
-    "plain": None,
+    "plain": None,  # beside itself: how far apart equals lie
     "fixed": {},
     "fixed int8": {"codebook_dtype": "int8"},
     "nearest": {"assignment": "nearest"},
@@ -93,7 +95,7 @@ def stepper(model: nn.Module, shape: tuple[int, ...], classes: int) -> Callable[
     return step
 
 
-def evaluator(model: nn.Module, shape: tuple[int, ...]) -> Callable[[], object]:
+def evaluator(model: nn.Module, shape: tuple[int, ...], _: int) -> Callable[[], object]:
     x = torch.randn(shape, device=next(model.parameters()).device)
 
     def evaluate() -> Tensor:
@@ -116,31 +118,17 @@ def time_once(function: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, device: str, repeats: int, k: int) -> None:
+def compare(name: str, label: str, device: str, repeats: int, k: int) -> None:
     make, shape, classes = MODELS[name]
     torch.manual_seed(0)
     plain = make().to(device)
-    models = {label: variant(plain, options, k) for label, options in VARIANTS.items()}
-    for title, functions in (
-        ("step", {n: stepper(m.train(), shape, classes) for n, m in models.items()}),
-        ("evaluation", {n: evaluator(m.eval(), shape) for n, m in models.items()}),
-    ):
-        times: dict[str, list[float]] = {label: [] for label in functions}
-        if title == "evaluation":
-            for model in models.values():
-                model.eval()
-        for round_ in range(repeats + 2):
-            for label, function in functions.items():
-                seconds = time_once(function, device)
-                if round_ >= 2:
-                    times[label].append(seconds)
-        base = median(times["plain"])
-        for label, seen in times.items():
-            print(
-                f"{name:9} {title:11} {label:13} {1e3 * median(seen):9.2f} ms"
-                f"  {median(seen) / base:6.3f}x",
-                flush=True,
-            )
+    models = (plain, variant(plain, VARIANTS[label], k))
+    for title, prepare, train in (("step", stepper, True), ("evaluation", evaluator, False)):
+        functions = [prepare(model.train(train), shape, classes) for model in models]
+        rounds = [[time_once(f, device) for f in functions] for _ in range(repeats + 2)][2:]
+        base, seen = (median(times) for times in zip(*rounds, strict=True))
+        times = f"{1e3 * base:9.2f} -> {1e3 * seen:9.2f} ms"
+        print(f"{name:9} {title:11} {label:13} {times} {seen / base:6.3f}x", flush=True)
 
 
 def peak_memory(label: str) -> float:
@@ -177,6 +165,7 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, default=16)
     parser.add_argument("--keep-freed", action="store_true", help="without page faults (glibc)")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
@@ -184,12 +173,17 @@ def main() -> None:
         return
     if args.keep_freed and KEEP_FREED.items() - os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_FREED})
+    if args.variant:
+        for name in args.model:
+            compare(name, args.variant, args.device, args.repeats, args.clusters)
+        return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
     if args.memory:
         compare_memory()
         return
-    for name in args.model:
-        compare(name, args.device, args.repeats, args.clusters)
+    for name, label in itertools.product(args.model, VARIANTS):
+        alone = ["--model", name, "--variant", label]
+        subprocess.run([sys.executable, *sys.argv, *alone], check=True)
 
 
 if __name__ == "__main__":
