@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from torchclust.packed_size import PackedRow, packed_size
-from torchclust.recipe import load_recipe
-from torchclust.run import run_recipe
+from torchclust.packing.size import PackedRow, packed_size
+from torchclust.recipes.load import load_recipe
+from torchclust.recipes.run import run_recipe
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "runs" / "deep_compression"

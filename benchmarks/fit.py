@@ -29,11 +29,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchclust.channels import GRID, Channels
-from torchclust.codebook import fit_codebook
-from torchclust.integer_codebook import _alternate, fit_integer_codebook
-from torchclust.lookup import Memory, grouped_sum, lookup
-from torchclust.nearest import assign
+from torchclust.fitting.channels import GRID, Channels
+from torchclust.fitting.codebook import fit_codebook
+from torchclust.fitting.integer_codebook import _alternate, fit_integer_codebook
+from torchclust.fitting.nearest import assign
+from torchclust.weight.lookup import Memory, grouped_sum, lookup
 
 Weights = npt.NDArray[np.float32]
 PARTS = ("speed", "error", "memory", "int8")

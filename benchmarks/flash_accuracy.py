@@ -28,11 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from torchclust import cluster_, strip_, zoo
-from torchclust.artifacts import tflite_accuracy
-from torchclust.data import Data, fashion_mnist, loader, samples
 from torchclust.export import to_tflite, vela
 from torchclust.lightning import WeightClustering
-from torchclust.training import accuracy, fit
+from torchclust.recipes.artifacts import tflite_accuracy
+from torchclust.recipes.training import accuracy, fit
+from torchclust.zoo.data import fashion_mnist
+from torchclust.zoo.dataset import Data, loader, samples
 
 FOLDER = Path("runs/flash_accuracy")
 RESULTS = Path(__file__).parent / "results" / "flash_accuracy.jsonl"

@@ -24,12 +24,14 @@ from torch import nn
 
 from torchclust import mixed, zoo
 from torchclust.allocation import Curves
-from torchclust.artifacts import tflite_accuracy
-from torchclust.data import Data, fashion_mnist, loader, samples
 from torchclust.export import to_tflite, vela
-from torchclust.prepare import clustered_copy
-from torchclust.recipe import ClusterSection, Recipe, Schedule, parse_recipe
-from torchclust.training import accuracy, fit
+from torchclust.recipes.artifacts import tflite_accuracy
+from torchclust.recipes.load import parse_recipe
+from torchclust.recipes.prepare import clustered_copy
+from torchclust.recipes.schema import ClusterSection, Recipe, Schedule
+from torchclust.recipes.training import accuracy, fit
+from torchclust.zoo.data import fashion_mnist
+from torchclust.zoo.dataset import Data, loader, samples
 
 ROOT = Path(__file__).parent.parent
 FLASH_ACCURACY = ROOT / "runs" / "flash_accuracy"

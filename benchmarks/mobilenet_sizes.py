@@ -25,11 +25,13 @@ from results_table import FOLDER, LAST_THREE, RESULTS, ROOT, RUNS, selective
 from torch import Tensor, nn
 
 from torchclust import zoo
-from torchclust.artifacts import zipped_size
 from torchclust.export import to_tflite, vela
-from torchclust.prepare import clustered_copy, prepare
-from torchclust.recipe import Recipe, load_recipe
-from torchclust.stages import Stages, train_networks, versions
+from torchclust.recipes.artifacts import zipped_size
+from torchclust.recipes.kept import Stages, versions
+from torchclust.recipes.load import load_recipe
+from torchclust.recipes.prepare import clustered_copy, prepare
+from torchclust.recipes.schema import Recipe
+from torchclust.recipes.stages import train_networks
 
 
 def trained(network: str) -> nn.Module:

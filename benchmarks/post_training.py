@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 import torchclust
-from torchclust.data import Data, fashion_mnist, loader, samples
-from torchclust.training import accuracy
+from torchclust.recipes.training import accuracy
 from torchclust.zoo import Residual, mobilenet_v2, resnet8
+from torchclust.zoo.data import fashion_mnist
+from torchclust.zoo.dataset import Data, loader, samples
 
 FOLDER = Path("runs/post_training")
 IMAGES = 512

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import torchclust
-from torchclust.data import loader, mnist5k
 from torchclust.zoo import seed_cnn
+from torchclust.zoo.data import mnist5k
+from torchclust.zoo.dataset import loader
 
 PICTURE = Path(__file__).parent / "idea.png"
 SIDE = 6  # weights a side of the part that is shown

@@ -14,9 +14,9 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from torchclust.data import DATASETS
-from torchclust.recipe import Recipe
+from torchclust.recipes.schema import Recipe
 from torchclust.zoo import MODELS
+from torchclust.zoo.data import DATASETS
 
 PAGE = Path(__file__).parent / "recipes.md"
 WORDS = {"boolean": "`true`, `false`", "object": "mapping", "string": "text"}
@@ -29,7 +29,7 @@ LIMITS = {
 INTRODUCTION = """\
 # Recipes
 
-<!-- Written by docs/recipe_reference.py from torchclust/recipe.py: change it there. -->
+<!-- Written by docs/recipe_reference.py from torchclust/recipes/schema.py: change it there. -->
 
 A recipe is a YAML file that says what `torchclust run` does. Each section is a stage, and a section
 that is absent (or `null`) is a stage that is not run. Unknown keys are errors that name the nearest

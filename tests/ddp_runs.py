@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchclust import cluster_, named_clusterings
-from torchclust.distributed import keep_indices_local_
 from torchclust.lightning import WeightClustering
+from torchclust.lightning.distributed import keep_indices_local_
 
 CLUSTERINGS: dict[str, dict[str, Any]] = {
     "fixed": {},

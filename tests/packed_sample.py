@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from torchclust.packing import save_packed
+from torchclust.packing.pack import save_packed
 
 
 def ramp(*shape: int) -> Tensor:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torchclust import cluster_, is_clustered, named_clusterings, restore_, strip_
-from torchclust.activation_record import _LOCAL
-from torchclust.activations import (
+from torchclust.activations.quantized import (
     FirstCalls,
     activation_ranges,
     groups_of,
@@ -27,6 +26,7 @@ from torchclust.activations import (
     quantized_modules,
     remove_quantized_activations_,
 )
+from torchclust.activations.record import _LOCAL
 
 
 class Mixed(nn.Module):
@@ -554,7 +554,7 @@ def test_what_a_step_calls_from_outside_is_quantized_on_its_own_inputs() -> None
 
 def test_nothing_heavy_is_imported() -> None:
     code = (
-        "import sys, torchclust.activations as a; "
+        "import sys, torchclust.activations.quantized as a; "
         "print(sorted({m.split('.')[0] for m in sys.modules} "
         "& {'litert_torch', 'ai_edge_litert', 'pytorch_lightning', 'tensorflow'}), "
         "'torch.ao.quantization' in open(a.__file__).read().partition('from __future__')[2])"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from torchclust import cluster_, strip_
-from torchclust.activations import activation_ranges, quantize_activations_
+from torchclust.activations.quantized import activation_ranges, quantize_activations_
 from torchclust.export import TFLiteExport, to_tflite
 
 Array = npt.NDArray[Any]

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from torchclust import is_clustered, restore_, strip_
 from torchclust import prepare as preparing
-from torchclust.activations import activation_ranges, quantized_modules
+from torchclust.activations.quantized import activation_ranges, quantized_modules
 from torchclust.lightning import WeightClustering
-from torchclust.prepare import prepare
-from torchclust.recipe import parse_recipe
-from torchclust.stages import Stages, train_networks
+from torchclust.recipes.kept import Stages
+from torchclust.recipes.load import parse_recipe
+from torchclust.recipes.prepare import prepare
+from torchclust.recipes.stages import train_networks
 
 pytestmark = [
     # Lightning 2.6.6 uses a name that torch 2.13 deprecated, 2026-11.

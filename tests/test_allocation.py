@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from torchclust.allocation import Allocations, Choice, rescaled
+from torchclust.allocation.knapsack import Allocations, Choice, rescaled
 
 
 def random_curves(seed: int, *, most: int = 40) -> dict[str, list[Choice]]:
@@ -49,7 +49,7 @@ def test_large_tensors_are_shared_in_steps_and_stay_within(monkeypatch) -> None:
     for seed in range(20):
         curves = random_curves(seed, most=100_000)
         exact = Allocations(curves)
-        monkeypatch.setattr("torchclust.allocation._STEPS", 500)
+        monkeypatch.setattr("torchclust.allocation.knapsack._STEPS", 500)
         coarse = Allocations(curves)
         monkeypatch.undo()
         assert coarse.least == exact.least

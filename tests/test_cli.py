@@ -20,8 +20,8 @@ from test_recipe import fake_data
 import torchclust
 from torchclust import cli, commands
 from torchclust import prepare as preparing
+from torchclust.cli.file_report import describe
 from torchclust.export import VelaError
-from torchclust.file_report import describe
 
 RECIPE = """
 name: tiny
@@ -246,7 +246,7 @@ def test_report_refuses_what_holds_no_tensors(tmp_path: Path, capsys) -> None:
 
 def test_missing_package_names_the_install(recipe: str, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "yaml", None)
-    monkeypatch.delitem(sys.modules, "torchclust.recipe")
+    monkeypatch.delitem(sys.modules, "torchclust.recipes.schema")
     for command, extra in (("check", "recipes"), ("run", "all")):
         assert cli.main([command, recipe]) == 2
         assert capsys.readouterr().err == (
@@ -306,7 +306,7 @@ def test_what_to_type_after_ctrl_c_says_the_same_again(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("torchclust.run.run_recipe", interrupted)
+    monkeypatch.setattr("torchclust.recipes.run.run_recipe", interrupted)
     assert cli.main(["run", recipe, *options]) == 130
     program, *words = shlex.split(capsys.readouterr().err.splitlines()[-1])
     assert program == "torchclust"
@@ -338,7 +338,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None
     (tmp_path / "r.yaml").write_text(text)
     # a suite that runs in the background ignores SIGINT, and so would its children
     main = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    main += "from torchclust.cli import main; raise SystemExit(main())"
+    main += "from torchclust.cli.parser import main; raise SystemExit(main())"
     words = [sys.executable, "-c", main]
     words += ["run", "r.yaml", "--set", f"data.root={tmp_path}", "--set", "finetune.epochs=500"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}

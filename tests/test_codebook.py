@@ -14,9 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from torchclust import arguments
-from torchclust.codebook import Codebook, fit_codebook
-from torchclust.nearest import assign, count_below, count_below_in_units
-from torchclust.threads import WORTHWHILE
+from torchclust.fitting.codebook import Codebook, fit_codebook
+from torchclust.fitting.nearest import assign, count_below, count_below_in_units
+from torchclust.fitting.threads import WORTHWHILE
 
 INITS = ["optimal", "linear", "density", "random", "kmeans++"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -9,9 +9,9 @@ from test_recipe import fake_data
 
 from torchclust import cluster_, save_packed, strip_
 from torchclust import prepare as preparing
-from torchclust.cli import main
+from torchclust.cli.parser import main
 from torchclust.export import inspect_tflite
-from torchclust.prepare import build_model
+from torchclust.recipes.prepare import build_model
 
 RECIPE = """
 name: tiny

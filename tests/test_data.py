@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from torchclust.data import DataError, fashion_mnist, image_folder, loader, mnist5k, samples
+from torchclust.zoo.data import fashion_mnist, image_folder, mnist5k
+from torchclust.zoo.dataset import DataError, loader, samples
 
 
 def write_idx(file: Path, array: np.ndarray, *, zipped: bool = False) -> None:

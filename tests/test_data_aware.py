@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import torchclust
-from torchclust.compensation import Book, Target, compensate
-from torchclust.input_moments import InputMoments
-from torchclust.unlabelled import calls
+from torchclust.data_aware.batches import calls
+from torchclust.data_aware.compensation import Book, Target, compensate
+from torchclust.data_aware.input_moments import InputMoments
 
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 10), (12,)),

@@ -15,10 +15,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import torchclust
 from torchclust import distillation, prepare, stages
-from torchclust.blocks import find_blocks
-from torchclust.recipe import parse_recipe
-from torchclust.unlabelled import Call
-from torchclust.zoo import Residual
+from torchclust.data_aware.batches import Call
+from torchclust.data_aware.blocks import find_blocks
+from torchclust.recipes.load import parse_recipe
+from torchclust.zoo.networks import Residual
 
 
 def network() -> nn.Sequential:
@@ -261,7 +261,7 @@ def test_errors(change: dict[str, Any], message: str) -> None:
 
 
 def test_rounded_activations_are_rounded_in_the_end_to_end_pass() -> None:
-    activations = pytest.importorskip("torchclust.activations")
+    activations = pytest.importorskip("torchclust.activations.quantized")
     model = network()
     teacher = copy.deepcopy(model)
     torchclust.cluster_(model, 5, codebook_dtype="int8", inputs=inputs())

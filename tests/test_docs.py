@@ -24,9 +24,9 @@ import torchclust
 from torchclust import data as data_sets
 from torchclust import export
 from torchclust import prepare as preparing
-from torchclust.cli import main, parser
-from torchclust.recipe import load_recipe, parse_recipe, parse_yaml
-from torchclust.sweep import plan
+from torchclust.cli.parser import main, parser
+from torchclust.recipes.load import load_recipe, parse_recipe, parse_yaml
+from torchclust.recipes.sweep import plan
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,9 +12,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchclust.channels import Channels
-from torchclust.codebook import fit_codebook
-from torchclust.integer_codebook import IntegerCodebook, best_magnitudes, fit_integer_codebook
+from torchclust.fitting.channels import Channels
+from torchclust.fitting.codebook import fit_codebook
+from torchclust.fitting.integer_codebook import (
+    IntegerCodebook,
+    best_magnitudes,
+    fit_integer_codebook,
+)
 
 INITS = ["optimal", "linear", "density", "random", "kmeans++"]
 

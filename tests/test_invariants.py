@@ -12,7 +12,7 @@ from layers import LAYERS, Layer
 from torch import Tensor, nn
 
 from torchclust import Clustering, cluster_, is_clustered, named_clusterings, restore_, strip_
-from torchclust.config import Init
+from torchclust.weight.config import Init
 
 SHARING: dict[str, dict[str, Any]] = {
     "tensor": {},

@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, lr_scheduler
 
 import torchclust
 from torchclust.lightning import WeightClustering
-from torchclust.model import count_distinct
+from torchclust.model.clustering import count_distinct
 
 pytestmark = [
     # Lightning 2.6.6 uses a name that torch 2.13 deprecated, 2026-11.

@@ -20,7 +20,7 @@ from torch import nn
 import torchclust
 from torchclust import ClusterConfig, cluster_
 from torchclust.lightning import Options, WeightClustering
-from torchclust.model import count_distinct
+from torchclust.model.clustering import count_distinct
 
 pytestmark = [
     # Lightning 2.6.6 uses a name that torch 2.13 deprecated, 2026-11.
@@ -165,7 +165,7 @@ def test_example_runs_and_resumes(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
     assert "Restored all states" in done.stderr
     assert {"last.ckpt", "stripped.ckpt"} < {file.name for file in (tmp_path / "digits").iterdir()}
-    from torchclust.zoo import seed_cnn
+    from torchclust.zoo.networks import seed_cnn
 
     net: nn.Module = seed_cnn()
     stripped = torch.load(tmp_path / "digits" / "stripped.ckpt")["state_dict"]

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torchclust
 from torchclust.lightning import WeightClustering
-from torchclust.model import count_distinct
+from torchclust.model.clustering import count_distinct
 
 pytestmark = [
     # Lightning 2.6.6 uses a name that torch 2.13 deprecated, 2026-11.

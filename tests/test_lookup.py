@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from torchclust import lookup as module
-from torchclust.lookup import grouped_sum, lookup
-from torchclust.threads import WORTHWHILE
+from torchclust.fitting.threads import WORTHWHILE
+from torchclust.weight.lookup import grouped_sum, lookup
 
 SHAPES = [
     ((7,), (7,)),

@@ -14,14 +14,16 @@ from torch import nn
 import torchclust
 from torchclust import ClusterConfig, cluster_, mixed, named_clusterings, save_packed
 from torchclust import prepare as preparing
-from torchclust.allocation import Choice
-from torchclust.encoded_size import encoded_bytes, entropy_bytes, vela_bytes
-from torchclust.mixed import _within_budget, _within_drop, curves_of, tensor_configs
-from torchclust.prepare import prepare
-from torchclust.recipe import RecipeError, load_recipe, parse_recipe
-from torchclust.run import run_recipe
-from torchclust.sensitivity import CANDIDATES, candidates
-from torchclust.stages import Stages, train_networks
+from torchclust.allocation.encoded_size import encoded_bytes, entropy_bytes, vela_bytes
+from torchclust.allocation.knapsack import Choice
+from torchclust.allocation.sensitivity import CANDIDATES, candidates
+from torchclust.recipes.choice import _within_budget, _within_drop, curves_of, tensor_configs
+from torchclust.recipes.kept import Stages
+from torchclust.recipes.load import load_recipe, parse_recipe
+from torchclust.recipes.prepare import prepare
+from torchclust.recipes.run import run_recipe
+from torchclust.recipes.schema import RecipeError
+from torchclust.recipes.stages import train_networks
 
 SMALL = {
     "name": "small",
@@ -38,7 +40,7 @@ NAMES = ["1.weight", "3.weight", "5.weight"]
 def _noise(monkeypatch) -> None:
     """Train on noise, and try fewer numbers of clusters."""
     monkeypatch.setattr(preparing, "load_data", fake_data)
-    monkeypatch.setattr("torchclust.sensitivity.CANDIDATES", (2, 4, 8, 32))
+    monkeypatch.setattr("torchclust.allocation.sensitivity.CANDIDATES", (2, 4, 8, 32))
 
 
 def with_cluster(**section) -> dict:
@@ -273,7 +275,7 @@ def test_labels_are_not_read_for_a_budget(tmp_path: Path, monkeypatch) -> None:
     recipe = parse_recipe({**with_cluster(budget=40.0), "finetune": {"labels": False}})
     prepared = prepare(recipe)
     trained = Stages(tmp_path, progress=False)
-    monkeypatch.setattr("torchclust.stages.STEPS_PER_EPOCH", 2)
+    monkeypatch.setattr("torchclust.recipes.stages.STEPS_PER_EPOCH", 2)
     first = train_networks(prepared, trained).chosen
     for file in tmp_path.glob("*.pt"):
         if not file.name.startswith(("train", "control")):

@@ -28,7 +28,7 @@ from torchclust import (
     strip_,
     summary,
 )
-from torchclust.lookup import Memory
+from torchclust.weight.lookup import Memory
 
 MODES: list[dict[str, Any]] = [
     {"assignment": assignment, "codebook_dtype": dtype}

@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_package_alone(built: dict[str, Path]) -> None:
         (metadata,) = (name for name in names if name.endswith("/METADATA"))
         header = Parser().parsestr(wheel.read(metadata).decode())
         (entry,) = (name for name in names if name.endswith("/entry_points.txt"))
-        assert "torchclust = torchclust.cli:main" in wheel.read(entry).decode()
+        assert "torchclust = torchclust.cli.parser:main" in wheel.read(entry).decode()
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "torchclust").rglob("*.py")}
     package = {name for name in names if ".dist-info/" not in name}
     assert package == modules | {"torchclust/py.typed"}

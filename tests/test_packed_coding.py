@@ -8,21 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchclust.packed_coding import (
-    DTYPES,
-    Bits,
+from torchclust.packing.coding import (
     Codes,
     Coding,
-    Dtype,
     Layout,
     Sparse,
     decode_rows,
     encode_rows,
     literals,
     products,
-    to_bits,
 )
-from torchclust.packed_entropy import (
+from torchclust.packing.dtypes import DTYPES, Bits, Dtype, to_bits
+from torchclust.packing.entropy import (
     Decoder,
     encode,
     entropy,
@@ -31,8 +28,8 @@ from torchclust.packed_entropy import (
     read_drops,
     write_drops,
 )
-from torchclust.packed_scales import recover_scales
-from torchclust.packed_search import Hint, choose
+from torchclust.packing.scales import recover_scales
+from torchclust.packing.search import Hint, choose
 
 FLOATS = [dtype for dtype in DTYPES if dtype.is_scalable]
 counts_of_symbols = st.lists(st.integers(1, 10**9), min_size=2, max_size=300).map(

@@ -18,10 +18,11 @@ import torch
 from packed_sample import Sample
 from torch import nn
 
-from torchclust.packed_coding import DTYPES, Layout, to_bits
-from torchclust.packed_record import Header, read_header, read_records, write_header
-from torchclust.packed_sections import PackedFileError, SectionReader
-from torchclust.packing import load_packed_, load_packed_file_, save_packed
+from torchclust.packing.coding import Layout
+from torchclust.packing.dtypes import DTYPES, to_bits
+from torchclust.packing.pack import load_packed_, load_packed_file_, save_packed
+from torchclust.packing.record import Header, read_header, read_records, write_header
+from torchclust.packing.sections import PackedFileError, SectionReader
 
 HERE = Path(__file__).parent
 VECTOR = HERE / "data" / "packed-v1.packed"

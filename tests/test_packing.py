@@ -20,8 +20,8 @@ from torch.nn.utils import prune
 
 import torchclust
 from torchclust import cluster_, is_clustered, named_clusterings, packed_entropy, strip_
-from torchclust.packed_sections import PackedFileError
-from torchclust.packing import load_packed_, packed_size, save_packed
+from torchclust.packing.pack import load_packed_, packed_size, save_packed
+from torchclust.packing.sections import PackedFileError
 
 SHARING: dict[str, dict[str, Any]] = {
     "tensor": {},
@@ -403,7 +403,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchclust import cluster_, strip_
-from torchclust.packing import load_packed_, save_packed
+from torchclust.packing.pack import load_packed_, save_packed
 
 def make():
     return nn.Sequential(*[nn.Linear(2560, 2560, bias=False) for _ in range(4)])

@@ -11,19 +11,13 @@ import yaml
 
 from torchclust import ClusterConfig, named_clusterings
 from torchclust import prepare as preparing
-from torchclust.cli import parser
-from torchclust.data import Data, ImageArrays
-from torchclust.prepare import clustered_copy, load_checkpoint_, prepare
-from torchclust.recipe import (
-    ClusterSection,
-    DataSection,
-    Recipe,
-    RecipeError,
-    load_recipe,
-    override,
-    parse_recipe,
-)
-from torchclust.stages import Stages, train_networks
+from torchclust.cli.parser import parser
+from torchclust.recipes.kept import Stages
+from torchclust.recipes.load import load_recipe, override, parse_recipe
+from torchclust.recipes.prepare import clustered_copy, load_checkpoint_, prepare
+from torchclust.recipes.schema import ClusterSection, DataSection, Recipe, RecipeError
+from torchclust.recipes.stages import train_networks
+from torchclust.zoo.dataset import Data, ImageArrays
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 SHIPPED = {

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from torchclust.recipe import load_recipe, parse_recipe
+from torchclust.recipes.load import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torchclust import ClusterConfig, cluster_, named_clusterings, summary
-from torchclust.config import Candidate, resolve_rules
+from torchclust.model.rules import Candidate, resolve_rules
 
 
 def net() -> nn.Module:

@@ -16,16 +16,18 @@ from torch.utils.data import DataLoader, TensorDataset
 import torchclust
 from torchclust import named_clusterings, stages
 from torchclust import prepare as preparing
-from torchclust.artifacts import zipped_size
-from torchclust.data import loader
-from torchclust.prepare import prepare
-from torchclust.recipe import RecipeError, load_recipe, parse_recipe
-from torchclust.run import run_recipe
-from torchclust.run_report import gains, markdown
-from torchclust.stages import Stages, train_networks
-from torchclust.sweep import _plot, front, plan, run_sweep
-from torchclust.sweep import markdown as markdown_of_sweep
-from torchclust.training import GradualPruning, fit, prunable
+from torchclust.recipes.artifacts import zipped_size
+from torchclust.recipes.kept import Stages
+from torchclust.recipes.load import load_recipe, parse_recipe
+from torchclust.recipes.prepare import prepare
+from torchclust.recipes.report import gains, markdown
+from torchclust.recipes.run import run_recipe
+from torchclust.recipes.schema import RecipeError
+from torchclust.recipes.stages import train_networks
+from torchclust.recipes.sweep import _plot, front, plan, run_sweep
+from torchclust.recipes.sweep import markdown as markdown_of_sweep
+from torchclust.recipes.training import GradualPruning, fit, prunable
+from torchclust.zoo.dataset import loader
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from torchclust.run_report import gains, markdown, show
+from torchclust.recipes.report import gains, markdown, show
 
 REPORT: dict[str, Any] = {
     "name": "made up",

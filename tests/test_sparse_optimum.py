@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from test_codebook import draw
 
 from torchclust import fit_codebook
-from torchclust.partition import _EXACT
+from torchclust.fitting.partition import _EXACT
 
 ROWS = 256  # ends at a time: the whole table of runs would take a gigabyte
 

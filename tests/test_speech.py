@@ -17,10 +17,12 @@ import torch
 from pymicro_features import MicroFrontend
 
 from torchclust import data, speech
-from torchclust.cli import parser
-from torchclust.data import DataError, speech_synthetic
-from torchclust.prepare import load_data
-from torchclust.recipe import DataSection, RecipeError, load_recipe
+from torchclust.cli.parser import parser
+from torchclust.recipes.load import load_recipe
+from torchclust.recipes.prepare import load_data
+from torchclust.recipes.schema import DataSection, RecipeError
+from torchclust.zoo.data import speech_synthetic
+from torchclust.zoo.dataset import DataError
 
 needs_espeak = pytest.mark.skipif(
     shutil.which("espeak-ng") is None, reason="apt-get install espeak-ng"

@@ -32,7 +32,7 @@ def command(words: str) -> str:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import torchclust", "import torchclust.cli", "dir(__import__('torchclust'))",
+    ["import torchclust", "import torchclust.cli.parser", "dir(__import__('torchclust'))",
      *map(command, ["--help", "run --help", "vela --help", "--version"])],
 )  # fmt: skip
 def test_what_computes_nothing_imports_nothing(statement: str) -> None:
@@ -49,7 +49,7 @@ def test_every_public_name_needs_torch_and_numpy_alone() -> None:
 def test_these_tests_can_fail() -> None:
     assert "torch" in imported_by("import torchclust; torchclust.cluster_")
     assert {"pytorch_lightning", "yaml"} <= imported_by(
-        "import torchclust, torchclust.recipe; torchclust.lightning"
+        "import torchclust, torchclust.recipes.schema; torchclust.lightning"
     )
 
 

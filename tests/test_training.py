@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from torchclust.artifacts import tflite_accuracy
 from torchclust.export import to_tflite
-from torchclust.training import accuracy, fit
+from torchclust.recipes.artifacts import tflite_accuracy
+from torchclust.recipes.training import accuracy, fit
 
 BATCHES = DataLoader(TensorDataset(torch.randn(16, 6), torch.arange(16) % 3), batch_size=8)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchclust.zoo import MODELS
+from torchclust.zoo.networks import MODELS
 
 # name: (parameters, million MACs), with where each was published.
 PUBLISHED = {

@@ -8,23 +8,17 @@ same holds for the heavy parts, `torchclust.lightning` and `torchclust.export`.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchclust.codebook import Codebook, fit_codebook
-    from torchclust.config import ClusterConfig
-    from torchclust.distillation import distill_
-    from torchclust.model import (
-        Clustering,
-        cluster_,
-        is_clustered,
-        named_clusterings,
-        refit_,
-        restore_,
-        strip_,
-    )
-    from torchclust.packed_sections import PackedFileError
-    from torchclust.packed_size import PackedSize
-    from torchclust.packing import load_packed_, save_packed
-    from torchclust.report import Summary, summary
-    from torchclust.sensitivity import fisher_information
+    from torchclust.allocation.sensitivity import fisher_information
+    from torchclust.distillation.distill import distill_
+    from torchclust.fitting.codebook import Codebook, fit_codebook
+    from torchclust.model.cluster import cluster_, refit_, strip_
+    from torchclust.model.clustering import Clustering, is_clustered, named_clusterings
+    from torchclust.model.restore import restore_
+    from torchclust.model.summary import Summary, summary
+    from torchclust.packing.pack import load_packed_, save_packed
+    from torchclust.packing.sections import PackedFileError
+    from torchclust.packing.size import PackedSize
+    from torchclust.weight.config import ClusterConfig
 
 __version__ = "0.1.0"
 
@@ -50,23 +44,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "codebook": ("Codebook", "fit_codebook"),
-    "config": ("ClusterConfig",),
-    "distillation": ("distill_",),
-    "model": (
-        "Clustering",
-        "cluster_",
-        "is_clustered",
-        "named_clusterings",
-        "refit_",
-        "restore_",
-        "strip_",
-    ),
-    "packed_sections": ("PackedFileError",),
-    "packed_size": ("PackedSize",),
-    "packing": ("load_packed_", "save_packed"),
-    "report": ("Summary", "summary"),
-    "sensitivity": ("fisher_information",),
+    "allocation.sensitivity": ("fisher_information",),
+    "distillation.distill": ("distill_",),
+    "fitting.codebook": ("Codebook", "fit_codebook"),
+    "model.cluster": ("cluster_", "refit_", "strip_"),
+    "model.clustering": ("Clustering", "is_clustered", "named_clusterings"),
+    "model.restore": ("restore_",),
+    "model.summary": ("Summary", "summary"),
+    "packing.pack": ("load_packed_", "save_packed"),
+    "packing.sections": ("PackedFileError",),
+    "packing.size": ("PackedSize",),
+    "weight.config": ("ClusterConfig",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBMODULES = ("export", "lightning")

@@ -2,7 +2,7 @@
 
 import sys
 
-from torchclust.cli import main
+from torchclust.cli.parser import main
 
 if __name__ == "__main__":
     sys.exit(main())

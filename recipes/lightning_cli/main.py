@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import torchclust
-from torchclust.data import Batch, loader, mnist5k
 from torchclust.zoo import seed_cnn
+from torchclust.zoo.data import mnist5k
+from torchclust.zoo.dataset import Batch, loader
 
 
 class Digits(LightningDataModule):

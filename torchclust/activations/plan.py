@@ -18,11 +18,11 @@ from typing import Any
 
 from torch import Tensor
 
-from torchclust.activation_record import Call, Record, output_keys, tensors_in
+from torchclust.activations.record import Call, Record, output_keys, tensors_in
 
 
 def _names(text: str) -> frozenset[str]:
-    """Operators, named as `torchclust.activation_record.operator_name` does."""
+    """Operators, named as `torchclust.activations.record.operator_name` does."""
     return frozenset(text.split())
 
 

@@ -11,8 +11,8 @@ seen, control flow stays the user's, and `torch.compile`, `torch.export`, DDP an
 Nothing of `torch.ao.quantization` is used: its eager mode rounds modules' outputs only (no
 ``x + y``, and a convolution before its BatchNorm), its graph modes replace the model by a trace,
 and all of it is deprecated. Which outputs to round is found once, by running the model on example
-inputs (`torchclust.activation_record`) and applying the converter's fusion rules
-(`torchclust.activation_plan`).
+inputs (`torchclust.activations.record`) and applying the converter's fusion rules
+(`torchclust.activations.plan`).
 
 **Ranges.** Per tensor, asymmetric, 0 included, scale and zero point computed as LiteRT's
 ``static_wi8_ai8`` does. They start at what the example inputs give and follow each training batch's
@@ -32,27 +32,23 @@ as for clusterings. `strip_` removes everything. Checkpointed segments
 from __future__ import annotations
 
 import functools
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.utils._pytree import tree_map_only
+from torch import Tensor, nn
 
-from torchclust.activation_plan import Group, from_json, plan, to_json
-from torchclust.activation_record import (
+from torchclust.activations.plan import Group, from_json, plan, to_json
+from torchclust.activations.record import (
     INPUT,
-    Locating,
     Record,
-    numbered,
-    operator_name,
     record,
     tensors_in,
     track_,
     untrack_,
 )
+from torchclust.activations.rounding import Rounding, _path, average_over_ranks, range_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -61,8 +57,6 @@ Range: TypeAlias = tuple[float, float]
 _RANGES, _PLAN, _BATCHES = "activation_ranges", "activation_plan", "activation_batches"
 _GROUPS = "_activation_groups"  # from a call's name to its group, and whether its range is learned
 _MARK = "_rounds_activations"
-_MOMENTUM = 0.01  # the share of each new batch, once a hundred have been averaged
-_LEAST_WIDTH = 1e-9  # of a range: LiteRT's quantizer takes no smaller one
 
 
 def quantize_activations_(model: ModuleT, example_inputs: Inputs) -> ModuleT:
@@ -114,7 +108,7 @@ def quantize_call_(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             f"quantize_activations_(model, (x, y)), or a dict by argument name"
         )
     values = recorded.values()
-    ranges = [_range_of([values[key] for key in g.quantized], g.fixed) for g in groups]
+    ranges = [range_of([values[key] for key in g.quantized], g.fixed) for g in groups]
     device = next((t.device for t in tensors_in((args, kwargs))), None)
     _attach(model, groups, torch.tensor(ranges, device=device), torch.tensor(1, device=device))
 
@@ -234,81 +228,7 @@ class FirstCalls:
             self._seen |= inside
             quantize_call_(module, args, kwargs)
             for _, root in quantized_modules(module):
-                _average_over_ranks(root.get_buffer(_RANGES))
-
-
-class _Rounding(Locating):
-    """One forward of a quantized module."""
-
-    def __init__(self, root: nn.Module) -> None:
-        super().__init__()
-        self._root = root
-        self._groups: Mapping[str, tuple[int, bool]] = getattr(root, _GROUPS)
-        scales, zero_points = _quantization(root.get_buffer(_RANGES))
-        self._scales, self._zero_points = scales.unbind(), zero_points.unbind()
-        self._calls: Counter[str] = Counter()
-        self._seen: list[tuple[int, Tensor, Tensor]] = []
-
-    def inputs(self, tree: Any) -> Any:
-        """The arguments, rounded."""
-        return tree_map_only(Tensor, lambda x: self._round(f":{INPUT}", x), tree)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        return self._round(f"{self.frames[-1]}:{operator_name(func)}", result)
-
-    def follow(self) -> None:
-        """Move the ranges towards this batch's."""
-        if not self._seen:
-            return
-        ranges, batches = self._root.get_buffer(_RANGES), self._root.get_buffer(_BATCHES)
-        merged: dict[int, tuple[Tensor, Tensor]] = {}
-        for group, low, high in self._seen:
-            before = merged.get(group, (low, high))
-            merged[group] = (torch.minimum(before[0], low), torch.maximum(before[1], high))
-        with torch.no_grad():
-            target = ranges.clone()
-            for group, (low, high) in merged.items():
-                target[group, 0], target[group, 1] = low, high
-            _average_over_ranks(target)
-            target = torch.where(target.isfinite(), target, ranges)
-            ranges.lerp_(target, (batches + 1).reciprocal().clamp_min(_MOMENTUM).to(ranges))
-            batches += 1
-
-    def _round(self, name: str, result: Any) -> Any:
-        found = self._groups.get(numbered(name, self._calls))
-        if found is None or not isinstance(result, Tensor) or not result.is_floating_point():
-            return result
-        group, learned = found
-        if learned and self._root.training:
-            self._seen.append((group, *result.detach().aminmax()))
-        return torch.fake_quantize_per_tensor_affine(
-            result, self._scales[group], self._zero_points[group], -128, 127
-        )
-
-
-def _quantization(ranges: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and zero points, as ai-edge-quantizer's ``tensor_zp_scale_from_min_max`` has them."""
-    low, high = ranges.detach().float().unbind(1)
-    low, high = low.clamp_max(0), high.clamp_min(0)
-    scales = (high - low).clamp_min(_LEAST_WIDTH) / 255
-    return scales, (-128 - low / scales).round().clamp(-128, 127).int()
-
-
-def _range_of(values: Iterable[Tensor], fixed: Range | None) -> Range:
-    if fixed is not None:
-        return fixed
-    ends = [value.detach().float().aminmax() for value in values]
-    return min(float(e.min) for e in ends), max(float(e.max) for e in ends)
-
-
-def _average_over_ranks(target: Tensor) -> None:
-    """Every process has seen other data; with one set of ranges, evaluation is the same on all."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(target)
-        target /= distributed.get_world_size()
+                average_over_ranks(root.get_buffer(_RANGES))
 
 
 def _attach(root: nn.Module, groups: Sequence[Group], ranges: Tensor, batches: Tensor) -> None:
@@ -324,7 +244,7 @@ def _attach(root: nn.Module, groups: Sequence[Group], ranges: Tensor, batches: T
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        rounding = _Rounding(self)
+        rounding = Rounding(self)
         args, kwargs = rounding.inputs((args, kwargs))
         with rounding:
             output = base.forward(self, *args, **kwargs)
@@ -361,9 +281,3 @@ def _only_child(recorded: Record) -> tuple[nn.Module, tuple[Any, ...], dict[str,
 
 def _decoded(encoded: Tensor) -> tuple[Group, ...]:
     return from_json(bytes(encoded.tolist()).decode("ascii"))
-
-
-def _path(key: str) -> str | None:
-    """The module whose plan a state dict's key holds."""
-    path, _, name = key.rpartition(".")
-    return path if name == _PLAN else None

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchclust.model import Clustering, decisions, named_clusterings
-from torchclust.packed_entropy import entropy
+from torchclust.model.clustering import Clustering, named_clusterings
+from torchclust.model.slots import decisions
+from torchclust.packing.entropy import entropy
 
 Measure: TypeAlias = Callable[[Tensor, Clustering | None], int]
 """Bytes of a weight, clustered so or (None) not at all."""
@@ -34,7 +35,7 @@ def encoded_bytes(model: nn.Module, measure: Measure, names: Collection[str]) ->
 def entropy_bytes(weight: Tensor, clustering: Clustering | None) -> int:
     """Return the bytes of a packed file: the indices' entropy and the codebook, else every value.
 
-    What entropy coding adds to it is below 2 % (`torchclust.packing`).
+    What entropy coding adds to it is below 2 % (`torchclust.packing.pack`).
     """
     if clustering is None:
         return weight.numel() * weight.element_size()

@@ -1,10 +1,11 @@
 """Share bytes among tensors so that the model suffers least: how many clusters each one gets.
 
-For every tensor a few numbers of clusters were tried (`torchclust.sensitivity`): each costs some
-bytes and some loss, and losses of different tensors are taken to add up. Choosing one per tensor
-within a budget is the multiple-choice knapsack. It is solved exactly, by dynamic programming over
-bytes: the convex hull and one multiplier, the classical way for hundreds of tensors, would waste up
-to one step of the largest tensor, and in small networks one tensor holds nearly everything.
+For every tensor a few numbers of clusters were tried (`torchclust.allocation.sensitivity`): each
+costs some bytes and some loss, and losses of different tensors are taken to add up. Choosing one
+per tensor within a budget is the multiple-choice knapsack. It is solved exactly, by dynamic
+programming over bytes: the convex hull and one multiplier, the classical way for hundreds of
+tensors, would waste up to one step of the largest tensor, and in small networks one tensor holds
+nearly everything.
 """
 
 from __future__ import annotations

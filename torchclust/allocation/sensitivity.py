@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchclust.allocation import Choice
-from torchclust.config import ClusterConfig
-from torchclust.encoded_size import Measure, encoded_bytes
-from torchclust.model import cluster_, live_weights
+from torchclust.allocation.encoded_size import Measure, encoded_bytes
+from torchclust.allocation.knapsack import Choice
+from torchclust.model.cluster import cluster_
+from torchclust.model.slots import live_weights
+from torchclust.weight.config import ClusterConfig
 
 CANDIDATES = (2, 4, 6, 8, 12, 16, 24, 32, 64)
 """Numbers of clusters that are tried; odd int8 codebooks hold one code less."""
@@ -85,7 +86,8 @@ def sensitivity_curves(
         model: a classifier, plain or pruned, in any mode; it stays unchanged.
         configs: how to try which tensor, for example `candidates` by name.
         images: inputs, (n, ...); a thousand are enough.
-        measure: bytes of an encoded tensor, for example `torchclust.encoded_size.entropy_bytes`.
+        measure: bytes of an encoded tensor, for example
+            `torchclust.allocation.encoded_size.entropy_bytes`.
         seed: for the inits that draw at random.
 
     Returns:

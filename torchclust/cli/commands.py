@@ -20,9 +20,9 @@ class InputError(ValueError):
 
 def run(args: Namespace) -> Any:
     """Run a recipe and show what was gained."""
-    from torchclust.recipe import load_recipe
-    from torchclust.run import run_recipe
-    from torchclust.run_report import show
+    from torchclust.recipes.load import load_recipe
+    from torchclust.recipes.report import show
+    from torchclust.recipes.run import run_recipe
 
     recipe = load_recipe(args.recipe, args.settings)
     args.output = args.output or Path("runs") / recipe.name
@@ -41,9 +41,9 @@ def run(args: Namespace) -> Any:
 
 def check(args: Namespace) -> Any:
     """Find what is wrong with a recipe, and show what it would cluster."""
-    from torchclust import summary
-    from torchclust.prepare import clustered_copy, prepare
-    from torchclust.recipe import load_recipe
+    from torchclust.model.summary import summary
+    from torchclust.recipes.load import load_recipe
+    from torchclust.recipes.prepare import clustered_copy, prepare
 
     recipe = load_recipe(args.recipe, args.settings)
     prepared = prepare(recipe)
@@ -57,7 +57,7 @@ def check(args: Namespace) -> Any:
 
 def sweep(args: Namespace) -> Any:
     """Run a recipe for several values and show them side by side."""
-    from torchclust.sweep import markdown, run_sweep
+    from torchclust.recipes.sweep import markdown, run_sweep
 
     rows = run_sweep(
         args.recipe,
@@ -75,7 +75,7 @@ def sweep(args: Namespace) -> Any:
 
 def report(args: Namespace) -> Any:
     """Show what is in a file of weights."""
-    from torchclust.file_report import describe
+    from torchclust.cli.file_report import describe
 
     try:
         described = describe(args.file)
@@ -88,11 +88,12 @@ def report(args: Namespace) -> Any:
 
 def export(args: Namespace) -> Any:
     """Write a checkpoint of a recipe's model as a .tflite file and show what is in that."""
-    from torchclust.data import samples
+    from torchclust.cli.file_report import describe
     from torchclust.export import to_tflite
-    from torchclust.file_report import describe
-    from torchclust.prepare import load_checkpoint_, prepare
-    from torchclust.recipe import ExportSection, load_recipe
+    from torchclust.recipes.load import load_recipe
+    from torchclust.recipes.prepare import load_checkpoint_, prepare
+    from torchclust.recipes.schema import ExportSection
+    from torchclust.zoo.dataset import samples
 
     if not args.tflite.parent.is_dir():
         raise InputError(

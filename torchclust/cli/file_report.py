@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import torchclust
-from torchclust.packed_sections import MAGIC
-from torchclust.packed_size import packed_size
+from torchclust.model.restore import restore_
+from torchclust.model.summary import summary
+from torchclust.packing.sections import MAGIC
+from torchclust.packing.size import packed_size
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def describe(path: Path) -> FileReport:
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError("the checkpoint holds no tensors; save model.state_dict()")
-    table = torchclust.summary(torchclust.restore_(skeleton(tensors), tensors))
+    table = summary(restore_(skeleton(tensors), tensors))
     return FileReport(f"{path}\n{table}", {"file": str(path), **table.to_dict()})
 
 

@@ -1,7 +1,7 @@
 """The command line: ``torchclust run``, ``check``, ``sweep``, ``report``, ``export``, ``vela``.
 
-What a command does is in `torchclust.commands`; here is how it is asked for, and how it ends. To
-print its help, or its version, the program imports nothing beyond the standard library.
+What a command does is in `torchclust.cli.commands`; here is how it is asked for, and how it ends.
+To print its help, or its version, the program imports nothing beyond the standard library.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torchclust
-from torchclust import commands
+from torchclust.cli import commands
 
 EXAMPLES = {
     "run": (
@@ -99,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("--version", action="version", version=f"torchclust {torchclust.__version__}")
+    top.add_argument("--version", action=_PrintVersion, help="show the version and exit")
     top.add_argument(
         "--print-completion",
         action=_PrintCompletion,
@@ -207,6 +206,19 @@ def _output_arguments(command: argparse.ArgumentParser, default: str) -> None:
     command.set_defaults(how_to_resume=_how_to_resume)
 
 
+class _PrintVersion(argparse.Action):
+    """Looks the version up when it is asked for: reading package metadata takes a while."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(nargs=0, **keywords)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print("torchclust", version("torchclust"))
+        parser.exit()
+
+
 class _PrintCompletion(argparse.Action):
     """Prints a shell's completion script, made by shtab from the parser itself."""
 
@@ -231,9 +243,9 @@ def _exit_status(error: Exception) -> int | None:
         return 1
     if isinstance(error, ImportError):
         return None if (error.name or "").startswith("torchclust") else 2
-    from torchclust.data import DataError
     from torchclust.export import ExportError, VelaError
-    from torchclust.recipe import RecipeError
+    from torchclust.recipes.schema import RecipeError
+    from torchclust.zoo.dataset import DataError
 
     if isinstance(error, RecipeError | DataError):
         return 2

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchclust.unlabelled import Call
+from torchclust.data_aware.batches import Call
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _MOST = {True: 3, False: 6}  # clustered weights in one block: of a container, of another module

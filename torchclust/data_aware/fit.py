@@ -6,19 +6,16 @@ of the layers before it. What the assignment cannot remove, the mean, goes into 
 into the statistics of the BatchNorm behind it; no bias is ever added, and a layer with neither is
 fitted to its uncentred inputs.
 
-Blocks (`torchclust.blocks`) keep this cheap: only the block at work is run again for each of its
-layers, on its stored inputs. Linear and convolution weights are fitted so; a transposed convolution
-is fitted with its inputs' mean squares as importance. Recurrent, attention, embedding and bilinear
-weights, tied ones, layers with more than 6144 inputs per output, and layers that the model does not
-run are fitted as they would be without inputs.
+Blocks (`torchclust.data_aware.blocks`) keep this cheap: only the block at work is run again for
+each of its layers, on its stored inputs. Linear and convolution weights are fitted so; a transposed
+convolution is fitted with its inputs' mean squares as importance. Recurrent, attention, embedding
+and bilinear weights, tied ones, layers with more than 6144 inputs per output, and layers that the
+model does not run are fitted as they would be without inputs.
 """
 
 from __future__ import annotations
 
-import functools
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchclust.blocks import Block, evaluating, find_blocks
-from torchclust.compensation import Book, compensate
-from torchclust.config import ClusterConfig
-from torchclust.input_moments import CONVOLUTIONS, InputMoments
-from torchclust.parametrization import fit_weight, make_clustered_weight, relative_error
+from torchclust.data_aware.batches import calls
+from torchclust.data_aware.blocks import evaluating, find_blocks
+from torchclust.data_aware.compensation import Book, compensate
+from torchclust.data_aware.input_moments import InputMoments
+from torchclust.data_aware.layers import Layer, Side, inputs_of, layers_run, norms_behind, within
 from torchclust.progress import track
-from torchclust.unlabelled import Call, calls
+from torchclust.weight.fit import fit_weight, relative_error
+from torchclust.weight.parametrization import make_clustered_weight
 
 _WIDEST = 6144  # inputs per output: a second moment of 300 MB
 
@@ -40,55 +38,11 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One weight to fit: of a module of the copy that is clustered on the way.
-
-    Attributes:
-        name: the parameter's.
-        path: the module's.
-        module: in the copy; its tensor is a plain parameter.
-        tensor_name: of the module.
-        config: how to cluster it.
-        channel_dim: the output channels' dimension.
-        importance: of the weight's shape, or None.
-        tied: whether other modules share the tensor.
-    """
-
-    name: str
-    path: str
-    module: nn.Module
-    tensor_name: str
-    config: ClusterConfig
-    channel_dim: int
-    importance: Tensor | None
-    tied: bool
-
-    @property
-    def weight(self) -> Tensor:
-        """The copy's parameter: the float weight, then the clustered one."""
-        found = getattr(self.module, self.tensor_name)
-        assert isinstance(found, Tensor)
-        return found
-
-    @property
-    def compensates(self) -> bool:
-        """Whether output errors can be told from second moments of the layer's inputs."""
-        matrix = isinstance(self.module, (nn.Linear, *CONVOLUTIONS))
-        return self.observed and matrix and self.weight[0].numel() <= _WIDEST
-
-    @property
-    def observed(self) -> bool:
-        """Whether the layer's inputs say anything about the error of its weight."""
-        known = isinstance(self.module, (nn.Linear, *CONVOLUTIONS, *_TRANSPOSED))
-        return known and self.tensor_name == "weight" and not self.tied
-
-
-@dataclass(frozen=True)
 class Fits:
     """What `fit_to_inputs` found.
 
     Attributes:
-        weights: by parameter name, what `torchclust.parametrization.fit_weight` returns.
+        weights: by parameter name, what `torchclust.weight.fit.fit_weight` returns.
         corrected: new values of biases and of BatchNorm statistics, by name in the state dict.
     """
 
@@ -105,7 +59,7 @@ def fit_to_inputs(
         model: the float model, which stays as it is.
         twin: its copy, of which `layers` are a part.
         layers: in any order.
-        inputs: unlabelled, see `torchclust.unlabelled.calls`.
+        inputs: unlabelled, see `torchclust.data_aware.batches.calls`.
         seed: for inits that draw at random.
 
     Raises:
@@ -114,21 +68,21 @@ def fit_to_inputs(
     batches = calls(model, inputs)
     weights: dict[str, dict[str, Tensor]] = {}
     with evaluating(model, twin), torch.no_grad():
-        runs = _layers_run(twin, layers, lambda: batches[0].of(twin))
+        runs = layers_run(twin, layers, lambda: batches[0].of(twin))
         holders = [model.get_submodule(layer.path) for layer in layers]
         blocks = find_blocks(model, batches[0], holders)
-        plan = [(block, [y for y in runs if _within(y, block) and y.observed]) for block in blocks]
+        plan = [(block, [y for y in runs if within(y, block) and y.observed]) for block in blocks]
         planned = {layer.name for _, found in plan for layer in found}
         for layer in layers:
             if layer.name not in planned:
                 weights[layer.name] = _write(layer, _fit(layer, layer.importance, seed))
-        norms = _norms_behind(twin, [y.module for y in layers], lambda: batches[0].of(twin))
+        norms = norms_behind(twin, [y.module for y in layers], lambda: batches[0].of(twin))
         before, after = Side(model, batches), Side(twin, batches)
         for block, found in track(plan, "Fitting codebooks"):
             before.enter(block)
             after.enter(block)
             for layer in found:
-                pairs = _inputs_of(layer, before, after)
+                pairs = inputs_of(layer, before, after)
                 weights[layer.name] = _fit_observed(layer, pairs, norms.get(layer.module), seed)
     present, clustered = model.state_dict(), {id(y.weight) for y in layers}
     corrected = {
@@ -137,98 +91,6 @@ def fit_to_inputs(
         if id(value) not in clustered and name in present and not torch.equal(value, present[name])
     }
     return Fits(weights, corrected)
-
-
-class Side:
-    """A model's stored inputs of the block at work, one `Call` for every batch."""
-
-    def __init__(self, model: nn.Module, batches: Sequence[Call]) -> None:
-        self.model, self.batches = model, batches
-        self.stored: list[Call] = []
-        self.block: Block | None = None
-
-    def enter(self, block: Block) -> None:
-        """Go on to a block: through the one before it, or from the model's inputs."""
-        if self.block is None or not block.chained:
-            self.stored = [block.input_of(self.model, call) for call in self.batches]
-        else:
-            self.leave()
-        self.block = block
-
-    def leave(self) -> None:
-        """Replace the stored inputs by the block's outputs, one by one to save memory."""
-        assert self.block is not None
-        for i, call in enumerate(self.stored):
-            self.stored[i] = Call((self.block.run(self.model, call),))
-
-
-def _within(layer: Layer, block: Block) -> bool:
-    return any(f"{layer.path}.".startswith(f"{path}." if path else "") for path in block.paths)
-
-
-def _layers_run(twin: nn.Module, layers: Sequence[Layer], run: Callable[[], Any]) -> list[Layer]:
-    """The layers that a forward pass calls, by their first call."""
-    of = {id(layer.module): layer for layer in layers}
-    order: dict[str, Layer] = {}
-
-    def note(module: nn.Module, args: Any) -> None:
-        for layer in layers:
-            if layer.module is module:
-                order.setdefault(layer.name, layer)
-
-    with ExitStack() as hooks:
-        for layer in of.values():
-            hooks.callback(layer.module.register_forward_pre_hook(note).remove)
-        run()
-    return list(order.values())
-
-
-def _norms_behind(
-    model: nn.Module, modules: Sequence[nn.Module], run: Callable[[], Any]
-) -> dict[nn.Module, nn.Module]:
-    """The BatchNorm that takes a module's output as it is, where both run once."""
-    made: list[tuple[Tensor, int, nn.Module]] = []
-    found: list[tuple[nn.Module, nn.Module]] = []
-
-    def note(module: nn.Module, args: Any, out: Any) -> None:
-        if isinstance(out, Tensor):
-            made.append((out, out._version, module))
-
-    def match(norm: nn.Module, args: Any) -> None:
-        found.extend((m, norm) for out, v, m in made if out is args[0] and v == args[0]._version)
-
-    with ExitStack() as hooks:
-        for module in modules:
-            hooks.callback(module.register_forward_hook(note).remove)
-        for norm in model.modules():
-            if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
-                hooks.callback(norm.register_forward_pre_hook(match).remove)
-        run()
-    calls_of = Counter(module for _, _, module in made)
-    uses_of = Counter(norm for _, norm in found)
-    return {m: norm for m, norm in found if calls_of[m] == 1 and uses_of[norm] == 1}
-
-
-def _inputs_of(layer: Layer, before: Side, after: Side) -> Iterator[tuple[Tensor, Tensor]]:
-    """What reaches the layer in the float model and in the clustered one, batch by batch."""
-    modules = before.model.get_submodule(layer.path), layer.module
-    for calls_of_batch in zip(before.stored, after.stored, strict=True):
-        seen: list[list[Tensor]] = []
-        for side, module, call in zip((before, after), modules, calls_of_batch, strict=True):
-            inputs: list[Tensor] = []
-            note = functools.partial(_note_input, inputs)
-            handle = module.register_forward_pre_hook(note)
-            try:
-                assert side.block is not None
-                side.block.run(side.model, call)
-            finally:
-                handle.remove()
-            seen.append(inputs)
-        yield from zip(*seen, strict=True)
-
-
-def _note_input(inputs: list[Tensor], module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    inputs.append(args[0].detach().clone())
 
 
 def _fit_observed(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torchclust.compensation import Target
+from torchclust.data_aware.compensation import Target
 
 _DAMPING = 0.01  # of the mean diagonal, added to it: pulls towards the float weight
 _ROUNDING = 1e-3  # of the uncentred diagonal: more than centring can lose in float32 products

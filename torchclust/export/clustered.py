@@ -23,7 +23,7 @@ from torchclust.export.codes import (
 )
 from torchclust.export.graph import Graph, Weight
 from torchclust.export.layout import Prepared
-from torchclust.model import Clustering, named_clusterings
+from torchclust.model.clustering import Clustering, named_clusterings
 
 _FEW = 3  # values that an ordinary parameter may hold too: zeros, ones, a sign
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

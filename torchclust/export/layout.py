@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torchclust.export import rewrites
 from torchclust.export.backends import ExportError, first_line, quietly
-from torchclust.model import strip_
+from torchclust.model.cluster import strip_
 
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 

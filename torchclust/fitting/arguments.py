@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchclust.moments import Floats
-from torchclust.seeding import INITS
+from torchclust.fitting.moments import Floats
+from torchclust.fitting.seeding import INITS
 
 MAX_CLUSTERS = 65536
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from torchclust.moments import Float64s, Floats, Ints
+from torchclust.fitting.moments import Float64s, Floats, Ints
 
 GRID = 127  # the largest code
 

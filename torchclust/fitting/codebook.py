@@ -15,18 +15,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchclust.arguments import (
+from torchclust.fitting.arguments import (
     as_float_tensor,
     check_request,
     checked_importance,
     require_finite,
     sort_values,
 )
-from torchclust.integer_codebook import IntegerCodebook, fit_integer_codebook
-from torchclust.moments import Float64s, Floats, Moments, distinct_starts, sum_of_squares
-from torchclust.nearest import assign, midpoints
-from torchclust.partition import optimal_bounds
-from torchclust.seeding import lloyd, seeds
+from torchclust.fitting.integer_codebook import IntegerCodebook, fit_integer_codebook
+from torchclust.fitting.moments import Float64s, Floats, Moments, distinct_starts, sum_of_squares
+from torchclust.fitting.nearest import assign, midpoints
+from torchclust.fitting.partition import optimal_bounds
+from torchclust.fitting.seeding import lloyd, seeds
 
 __all__ = ["Codebook", "IntegerCodebook", "assign", "fit_codebook", "fit_integer_codebook"]
 
@@ -66,10 +66,10 @@ def fit_codebook(
             sums; magnitudes up to the largest finite one and down to denormals are fine.
         n_clusters: 2 to 65536 (from 3 with `preserve_sparsity`).
         init: `"optimal"`: the least weighted sum of squared errors (paper Eq. 2), exactly so up to
-            4096 distinct values and within 1e-4 of it beyond (`torchclust.partition` says how that
-            is bounded). Or seeds for Lloyd's steps:
-            `"linear"`, evenly spaced from the least to the greatest value; `"density"`, evenly
-            spaced quantiles, extremes included; `"random"`, distinct data points; `"kmeans++"`.
+            4096 distinct values and within 1e-4 of it beyond (see `torchclust.fitting.partition`).
+            Or seeds for Lloyd's steps: `"linear"`, evenly spaced from the least to the greatest
+            value; `"density"`, evenly spaced quantiles, extremes included; `"random"`, distinct
+            data points; `"kmeans++"`.
         max_iter: Lloyd's steps after the seeds, 300 as in scikit-learn; 0 keeps the seeds, as TFMOT
             does. `"optimal"` needs none.
         importance: weights of the squared errors, the values' shape, >= 0; None for all equal. All

@@ -21,17 +21,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchclust.arguments import (
+from torchclust.fitting.arguments import (
     as_float_tensor,
     check_request,
     checked_importance,
     flat_array,
     require_finite,
 )
-from torchclust.channels import GRID, Channels
-from torchclust.moments import Float64s, Floats, Ints, Moments, distinct_starts
-from torchclust.nearest import count_below
-from torchclust.seeding import seeds
+from torchclust.fitting.channels import GRID, Channels
+from torchclust.fitting.moments import Float64s, Floats, Ints, Moments, distinct_starts
+from torchclust.fitting.nearest import count_below
+from torchclust.fitting.seeding import seeds
 
 _TRIALS = 33  # scales tried along the line, fewer where codes are many
 _REACH = 0.4  # how far the line goes to either side, as a logarithm

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchclust.threads import in_blocks, must_be_traceable
+from torchclust.fitting.threads import in_blocks, must_be_traceable
 
 _BLOCK = 1 << 16  # values at a time: they and the result stay in the second-level cache
 _SHARE = 1 << 20  # values that a thread takes at a time

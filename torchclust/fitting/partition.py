@@ -23,8 +23,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from torchclust.moments import Float64s, Ints, Moments, distinct_starts
-from torchclust.seeding import lloyd, nearest_bounds
+from torchclust.fitting.moments import Float64s, Ints, Moments, distinct_starts
+from torchclust.fitting.seeding import lloyd, nearest_bounds
 
 _EXACT = 4096  # up to this many distinct values every boundary is a candidate
 _FEWEST = 1024  # candidate boundaries where there are more distinct values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from torchclust.moments import Float64s, Ints, Moments
+from torchclust.fitting.moments import Float64s, Ints, Moments
 
 INITS = ("optimal", "linear", "density", "random", "kmeans++")
 

@@ -29,29 +29,25 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
-from torchclust.activations import FirstCalls, kept_quantized, quantized_modules
-from torchclust.config import (
+from torchclust.activations.quantized import FirstCalls, kept_quantized, quantized_modules
+from torchclust.lightning.distributed import keep_indices_local_, on_rank_zero
+from torchclust.lightning.freezing import Freezer
+from torchclust.lightning.monitor import announcement, assignments, histograms, measure
+from torchclust.lightning.optimizers import carry_over, scale_rates
+from torchclust.lightning.rng import random_state, set_random_state
+from torchclust.model.cluster import cluster_, strip_
+from torchclust.model.clustering import is_clustered, named_clusterings
+from torchclust.model.restore import restore_structure_
+from torchclust.model.rules import Rules
+from torchclust.model.slots import planned
+from torchclust.weight.config import (
     Assignment,
     ClusterConfig,
     CodebookDtype,
     Gradient,
     Granularity,
     Init,
-    Rules,
 )
-from torchclust.distributed import keep_indices_local_, on_rank_zero
-from torchclust.freezing import Freezer
-from torchclust.model import (
-    cluster_,
-    is_clustered,
-    named_clusterings,
-    planned,
-    restore_structure_,
-    strip_,
-)
-from torchclust.monitor import announcement, assignments, histograms, measure
-from torchclust.optimizers import carry_over, scale_rates
-from torchclust.rng import random_state, set_random_state
 
 _RANDOM_STATE = "torchclust_random_state"
 _BESIDE_RULES = ("importance", "inputs", "seed")
@@ -111,7 +107,8 @@ class WeightClustering(Callback):
             clustered, for example for another fit.
         log_histograms: log histograms of the clustered weights to TensorBoard, once an epoch.
             Distinct values, quantization error and the share of weights that moved to another
-            cluster are logged in any case (see `torchclust.monitor.measure`), through the module.
+            cluster are logged in any case (`torchclust.lightning.monitor.measure`), through the
+            module.
         freeze: patterns (as in ``rules``; one, or several) of what stays constant from clustering
             on and is not clustered: parameters, and running statistics of norm layers. The usual
             advice is to freeze the first layers while later ones are clustered.

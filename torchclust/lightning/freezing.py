@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from torchclust.model import parameters_matching
+from torchclust.model.slots import parameters_matching
 
 
 class Freezer:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from torchclust.model import Clustering, named_clusterings
-from torchclust.report import distinct_values, summary
+from torchclust.model.clustering import Clustering, named_clusterings
+from torchclust.model.summary import distinct_values, summary
 
 
 def assignments(model: nn.Module) -> dict[str, Tensor]:

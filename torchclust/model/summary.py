@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torchclust.config import ClusterConfig, Decision
-from torchclust.model import Clustering, count_distinct, decisions, named_clusterings
+from torchclust.model.clustering import Clustering, count_distinct, named_clusterings
+from torchclust.model.rules import Decision
+from torchclust.model.slots import decisions
+from torchclust.weight.config import ClusterConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

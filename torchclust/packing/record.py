@@ -15,19 +15,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from torchclust.packed_coding import (
-    DTYPES,
-    Bits,
-    Codebooks,
-    Codes,
-    Coding,
-    Dtype,
-    Layout,
-    Sparse,
-    decode_rows,
-)
-from torchclust.packed_entropy import MAX_SYMBOLS, read_drops, write_drops
-from torchclust.packed_sections import PackedFileError, Section, SectionReader
+from torchclust.packing.coding import Codebooks, Codes, Coding, Layout, Sparse, decode_rows
+from torchclust.packing.dtypes import DTYPES, Bits, Dtype
+from torchclust.packing.entropy import MAX_SYMBOLS, read_drops, write_drops
+from torchclust.packing.sections import PackedFileError, Section, SectionReader
 
 KINDS = ("raw", "codebook", "codes", "sparse")
 

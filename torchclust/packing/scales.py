@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from torchclust.packed_coding import Bits, Dtype, nearest_codes, products, to_bits, to_tensor
-from torchclust.packed_entropy import Integers
+from torchclust.packing.coding import nearest_codes, products
+from torchclust.packing.dtypes import Bits, Dtype, to_bits, to_tensor
+from torchclust.packing.entropy import Integers
 
 _LARGEST = 127
 _NUDGES = (0, 1, -1, 2, -2)  # units in the last place between largest / code and the scale

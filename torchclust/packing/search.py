@@ -12,19 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from torchclust.packed_coding import (
-    Bits,
+from torchclust.packing.coding import (
     Codebooks,
     Codes,
     Coding,
-    Dtype,
     Layout,
     Sparse,
     nearest_codes,
     products,
 )
-from torchclust.packed_entropy import MAX_SYMBOLS, Integers, entropy, quantize
-from torchclust.packed_scales import is_safe_scale, recover_scales
+from torchclust.packing.dtypes import Bits, Dtype
+from torchclust.packing.entropy import MAX_SYMBOLS, Integers, entropy, quantize
+from torchclust.packing.scales import is_safe_scale, recover_scales
 
 _MAX_ENTRIES = 1 << 18  # values by row that a tally may hold whatever the tensor's size
 

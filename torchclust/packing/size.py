@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchclust.packed_entropy import entropy
-from torchclust.packed_record import Header, Record, read_records
-from torchclust.packed_sections import PackedFileError
+from torchclust.packing.entropy import entropy
+from torchclust.packing.record import Header, Record, read_records
+from torchclust.packing.sections import PackedFileError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from torchclust.data import Batch, loader, samples
 from torchclust.export import TFLiteExport, VelaReport, inspect_tflite, to_tflite, vela
 from torchclust.export.runner import Runner
-from torchclust.prepare import Prepared
-from torchclust.stages import EVALUATION_BATCH, Networks, Result, Stages, origin
+from torchclust.recipes.kept import Result, Stages, origin
+from torchclust.recipes.prepare import Prepared
+from torchclust.recipes.stages import EVALUATION_BATCH, Networks
+from torchclust.zoo.dataset import Batch, loader, samples
 
 TFLITE_FILES = ("float.tflite", "clustered_float.tflite", "int8.tflite", "baseline_int8.tflite")
 VELA_FOLDER = "vela"

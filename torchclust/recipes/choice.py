@@ -1,8 +1,9 @@
 """A recipe's ``cluster.budget`` and ``cluster.max_accuracy_drop``: a number of clusters per tensor.
 
 Every free tensor is clustered alone into each of several numbers of clusters, which gives bytes and
-loss (`torchclust.sensitivity`); `torchclust.allocation` shares the budget. What comes out is an
-ordinary list of rules, with which the same recipe runs again without choosing anything.
+loss (`torchclust.allocation.sensitivity`); `torchclust.allocation.knapsack` shares the budget. What
+comes out is an ordinary list of rules, with which the same recipe runs again without choosing
+anything.
 
 Fine-tuning with ``assignment: nearest`` moves weights from code to code, and so the bytes that they
 encode to. So the budget is compared with the fine-tuned model; where that is over it, or leaves
@@ -20,15 +21,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchclust.allocation import Allocation, Allocations, Choice, Curves, rescaled
-from torchclust.config import ClusterConfig
-from torchclust.data import Batch
-from torchclust.encoded_size import Measure, encoded_bytes, entropy_bytes, vela_bytes
-from torchclust.model import decisions, named_clusterings
-from torchclust.prepare import clustered_copy
-from torchclust.recipe import ClusterSection, Recipe, RecipeError
-from torchclust.sensitivity import candidates, sensitivity_curves
-from torchclust.training import accuracy
+from torchclust.allocation.encoded_size import Measure, encoded_bytes, entropy_bytes, vela_bytes
+from torchclust.allocation.knapsack import Allocation, Allocations, Choice, Curves, rescaled
+from torchclust.allocation.sensitivity import candidates, sensitivity_curves
+from torchclust.model.clustering import named_clusterings
+from torchclust.model.slots import decisions
+from torchclust.recipes.prepare import clustered_copy
+from torchclust.recipes.schema import ClusterSection, Recipe, RecipeError
+from torchclust.recipes.training import accuracy
+from torchclust.weight.config import ClusterConfig
+from torchclust.zoo.dataset import Batch
 
 IMAGES = 1024  # unlabelled training images behind every loss
 LABELLED = 4000  # training images behind every accuracy

@@ -13,8 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-import torchclust
-from torchclust.model import Clustering
+from torchclust.model.clustering import Clustering, named_clusterings
 
 BEFORE, AFTER, MARK = "#9aa5b1", "#1f6feb", "#d1242f"
 
@@ -30,7 +29,7 @@ def plot(
         compressed: the clustered model, whose centroids are marked; None draws no histograms.
         path: the file.
     """
-    clusterings = dict(torchclust.named_clusterings(compressed)) if compressed else {}
+    clusterings = dict(named_clusterings(compressed)) if compressed else {}
     columns = 2 if len(clusterings) in (1, 2, 4) else 3
     rows = math.ceil(len(clusterings) / columns)
     heights = [3.6, *[2.4] * rows]

@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import torchclust
-from torchclust.data import DATASETS, Data, DataError
 from torchclust.export.vela import ACCELERATORS
-from torchclust.recipe import DataSection, ModelSection, Recipe, RecipeError, nearest
-from torchclust.zoo import MODELS
+from torchclust.model.cluster import cluster_
+from torchclust.model.clustering import is_clustered
+from torchclust.model.restore import restore_
+from torchclust.recipes.schema import DataSection, ModelSection, Recipe, RecipeError, nearest
+from torchclust.zoo.data import DATASETS
+from torchclust.zoo.dataset import Data, DataError
+from torchclust.zoo.networks import MODELS
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def prepare(recipe: Recipe) -> Prepared:
             tried = clustered_copy(recipe, model)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"cluster: {' '.join(str(error).split())}") from error
-        if not torchclust.is_clustered(tried):
+        if not is_clustered(tried):
             raise RecipeError("cluster: the rules leave every tensor alone; leave the section out")
     return Prepared(recipe, data, model)
 
@@ -64,9 +67,7 @@ def clustered_copy(recipe: Recipe, model: nn.Module, inputs: Tensor | None = Non
     if section is None:
         raise RecipeError("the recipe has no section cluster; add one:  cluster: {n_clusters: 16}")
     rules = section.all_rules
-    return torchclust.cluster_(
-        copy.deepcopy(model), rules, inputs=inputs, seed=recipe.seed, **section.options
-    )
+    return cluster_(copy.deepcopy(model), rules, inputs=inputs, seed=recipe.seed, **section.options)
 
 
 def load_data(section: DataSection) -> Data:
@@ -123,7 +124,7 @@ def load_checkpoint_(model: nn.Module, file: Path) -> nn.Module:
     if content and all(str(name).startswith("model.") for name in content):
         content = {name.removeprefix("model."): value for name, value in content.items()}
     try:
-        return torchclust.restore_(model, content)
+        return restore_(model, content)
     except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"model.checkpoint: {file} does not fit the model: {reason}") from error

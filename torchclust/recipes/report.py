@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-import torchclust
-from torchclust.packed_size import PackedSize
-from torchclust.recipe import Recipe
-from torchclust.stages import Networks
+from torchclust.model.summary import summary
+from torchclust.packing.size import PackedSize
+from torchclust.recipes.schema import Recipe
+from torchclust.recipes.stages import Networks
 
 Report = dict[str, Any]
 _FILES = ("float", "clustered_float", "int8", "baseline_int8")
@@ -88,7 +88,7 @@ def _tensors(networks: Networks, codes: Mapping[str, int]) -> list[dict[str, Any
             "entropy_bits": row.entropy_bits,
             "skipped": row.skipped,
         }
-        for row in torchclust.summary(model).rows
+        for row in summary(model).rows
     ]
 
 

@@ -1,8 +1,8 @@
 """Run a recipe from beginning to end: networks, files, compiler, report.
 
 Everything that can be wrong with the recipe is found before the output folder is touched. After
-that each stage leaves a whole result or none (`torchclust.stages`), so a run that was interrupted
-is continued by the same call with ``resume=True``.
+that each stage leaves a whole result or none (`torchclust.recipes.kept`), so a run that was
+interrupted is continued by the same call with ``resume=True``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 
 import yaml
 
-from torchclust import run_report
-from torchclust.artifacts import TFLITE_FILES, VELA_FOLDER, compile_files, export_files
-from torchclust.packing import save_packed
-from torchclust.prepare import prepare
-from torchclust.recipe import Recipe, RecipeError
-from torchclust.run_plot import plot
-from torchclust.stages import Stages, train_networks, versions
+from torchclust.packing.pack import save_packed
+from torchclust.recipes.artifacts import TFLITE_FILES, VELA_FOLDER, compile_files, export_files
+from torchclust.recipes.kept import Stages, versions
+from torchclust.recipes.plot import plot
+from torchclust.recipes.prepare import prepare
+from torchclust.recipes.report import assemble, markdown
+from torchclust.recipes.schema import Recipe, RecipeError
+from torchclust.recipes.stages import train_networks
 
 PACKED_FILE = "model.packed"
 STAGE_FOLDER = "stages"
@@ -69,11 +70,9 @@ def run_recipe(
     exported = export_files(prepared, networks, output, stages) if recipe.export else {}
     compiled = compile_files(prepared, output, stages) if recipe.vela else {}
     packed = save_packed(networks.compressed, output / PACKED_FILE) if networks.compressed else None
-    report = run_report.assemble(
-        recipe, networks, exported, compiled, packed, stages.seconds, versions()
-    )
+    report = assemble(recipe, networks, exported, compiled, packed, stages.seconds, versions())
     plot(report, networks.trained, networks.compressed, output / "report.png")
-    write_whole(output / "report.md", run_report.markdown(report))
+    write_whole(output / "report.md", markdown(report))
     write_whole(output / "report.json", json.dumps(report, indent=2) + "\n")
     return report
 

@@ -12,96 +12,30 @@ from the same start. Every "baseline" in the report is the control's.
 from __future__ import annotations
 
 import copy
-import hashlib
-import importlib.metadata
 import itertools
-import json
-import os
-import pickle
-import platform
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field, replace
-from pathlib import Path
+from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
-import torchclust
-from torchclust import mixed
-from torchclust.activations import quantize_activations_
-from torchclust.allocation import Choice, Curves
-from torchclust.data import Batch, loader, samples
-from torchclust.encoded_size import encoded_bytes
-from torchclust.lightning import WeightClustering
-from torchclust.prepare import Prepared, clustered_copy
-from torchclust.recipe import ClusterSection, Schedule
-from torchclust.training import GradualPruning, accuracy, fit
+from torchclust.activations.quantized import quantize_activations_
+from torchclust.allocation.encoded_size import encoded_bytes
+from torchclust.allocation.knapsack import Choice, Curves
+from torchclust.distillation.distill import distill_
+from torchclust.lightning.callback import WeightClustering
+from torchclust.model.restore import restore_
+from torchclust.recipes import choice
+from torchclust.recipes.kept import Result, Stages, origin
+from torchclust.recipes.prepare import Prepared, clustered_copy
+from torchclust.recipes.schema import ClusterSection, Schedule
+from torchclust.recipes.training import GradualPruning, accuracy, fit
+from torchclust.zoo.dataset import Batch, loader, samples
 
-Result = dict[str, Any]
 EVALUATION_BATCH = 250
 UNLABELLED = 512  # training images that ``finetune.labels: false`` sees
 STEPS_PER_EPOCH = 150  # of `torchclust.distill_`, for each of its stages
-
-
-@dataclass
-class Stages:
-    """The stages of one run: stored results, and what each new one depends on.
-
-    Args:
-        folder: where results are stored.
-        say: told what is going on, one line at a time.
-        progress: whether training shows its progress bar.
-    """
-
-    folder: Path
-    say: Callable[[str], None] = lambda line: None
-    progress: bool = True
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def result(
-        self,
-        name: str,
-        depends: Any,
-        compute: Callable[[], Result],
-        *,
-        is_whole: Callable[[Result], bool] = lambda result: True,
-    ) -> Result:
-        """Return the stored result of a stage, or compute and store it.
-
-        A result holds tensors, numbers, strings, lists and dicts. It is written under another name
-        and then renamed, so a file that is there is complete; `is_whole` says whether what the
-        result tells of outside that file is still there.
-        """
-        text = json.dumps([versions(), depends], sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        file = self.folder / f"{name}-{digest}.pt"
-        if file.exists():
-            stored = _load(file)
-            if stored is not None and is_whole(stored):
-                self.say(f"{name}: done before")
-                self.seconds[name] = stored["seconds"]
-                return stored
-        self.say(f"{name} ...")
-        started = time.perf_counter()
-        computed = compute()
-        self.seconds[name] = round(time.perf_counter() - started, 2)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        torch.save({**computed, "seconds": self.seconds[name]}, partial)
-        os.replace(partial, file)
-        return computed
-
-
-def _load(file: Path) -> Result | None:
-    """Return a stored result, or None where the file was damaged since."""
-    try:
-        stored: Result = torch.load(file, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
-        return None
-    return stored
 
 
 @dataclass(frozen=True)
@@ -123,7 +57,7 @@ class Networks:
     control: nn.Module
     compressed: nn.Module | None
     accuracy: dict[str, float | None]
-    chosen: mixed.Chosen | None = None
+    chosen: choice.Chosen | None = None
 
 
 def train_networks(prepared: Prepared, stages: Stages) -> Networks:
@@ -132,7 +66,7 @@ def train_networks(prepared: Prepared, stages: Stages) -> Networks:
     Where the recipe leaves numbers of clusters to be chosen, ``sensitivity`` comes before
     ``cluster``, and these two and ``finetune`` may run several times.
     """
-    recipe, training = prepared.recipe, _Training(prepared, stages)
+    recipe, training = prepared.recipe, Training(prepared, stages)
     accuracy: dict[str, float | None] = dict.fromkeys(
         ("float", "control", "pruned", "before_finetune", "clustered")
     )
@@ -156,7 +90,7 @@ def train_networks(prepared: Prepared, stages: Stages) -> Networks:
             compressed, accuracy["clustered"] = training.finetune(compressed, trained)
     if chosen is not None:
         chosen = chosen.measured(
-            encoded_bytes(compressed, mixed.measure_of(recipe), chosen.allocation)
+            encoded_bytes(compressed, choice.measure_of(recipe), chosen.allocation)
         )
     return Networks(trained, control, compressed, accuracy, chosen)
 
@@ -169,7 +103,7 @@ class Phase(NamedTuple):
     schedule: Schedule = "constant"
 
 
-class _Training:
+class Training:
     """One method per stage: each returns the stage's model and its accuracy."""
 
     def __init__(self, prepared: Prepared, stages: Stages) -> None:
@@ -178,12 +112,14 @@ class _Training:
         self.origin = origin(prepared)
 
     def train(self) -> tuple[nn.Module, float]:
+        """Return the trained model, or the one that came trained."""
         section = self.recipe.train
         epochs = section.epochs if section else 0
         plan = [Phase(epochs, self.recipe.lr)]
         return self._stage("train", {}, lambda: self._fit(self.start, plan))
 
     def control(self, trained: nn.Module) -> tuple[nn.Module, float]:
+        """Return the unclustered model, trained as long as the clustered one."""
         prune, finetune = self.recipe.prune, self.recipe.finetune
         plan = [Phase(prune.epochs, self.recipe.lr)] if prune else []
         if finetune and finetune.labels:
@@ -191,12 +127,13 @@ class _Training:
             plan += [Phase(finetune.epochs, lr, finetune.schedule)]
         return self._stage("control", {"plan": plan}, lambda: self._fit(trained, plan))
 
-    def clustering_with(self, section: ClusterSection) -> _Training:
+    def clustering_with(self, section: ClusterSection) -> Training:
         """Return the same training with another section ``cluster``."""
         recipe = self.recipe.model_copy(update={"cluster": section})
-        return _Training(replace(self.prepared, recipe=recipe), self.stages)
+        return Training(replace(self.prepared, recipe=recipe), self.stages)
 
-    def choose(self, start: nn.Module, trained: nn.Module) -> mixed.Chosen:
+    def choose(self, start: nn.Module, trained: nn.Module) -> choice.Chosen:
+        """Return a number of clusters for each tensor, within the recipe's budget."""
         finetune = self.recipe.finetune
 
         def train(section: ClusterSection) -> nn.Module:
@@ -211,8 +148,8 @@ class _Training:
         labelled: list[Batch] = []
         if self.recipe.cluster and self.recipe.cluster.max_accuracy_drop is not None:
             batches = loader(self.data.train, EVALUATION_BATCH, seed=self.recipe.seed)
-            labelled += itertools.islice(batches, mixed.LABELLED // EVALUATION_BATCH)
-        return mixed.choose(self.recipe, start, self._curves(start), labelled, train)
+            labelled += itertools.islice(batches, choice.LABELLED // EVALUATION_BATCH)
+        return choice.choose(self.recipe, start, self._curves(start), labelled, train)
 
     def _curves(self, start: nn.Module) -> Curves:
         """Return every tensor's choices, which do not depend on the budget."""
@@ -220,20 +157,21 @@ class _Training:
         assert section is not None
         depends = self._sections("prune")
         depends["cluster"] = section.with_rules({}).model_dump(mode="json", exclude_none=True)
-        depends["measure"] = mixed.measure_of(self.recipe).__name__
+        depends["measure"] = choice.measure_of(self.recipe).__name__
         depends["labels"] = self.recipe.finetune is None or self.recipe.finetune.labels
 
         def compute() -> Result:
             images = self._unlabelled()
             if images is None:
-                images = samples(self.data.train, mixed.IMAGES, seed=self.recipe.seed)
-            curves = mixed.curves_of(self.recipe, start, images)
+                images = samples(self.data.train, choice.IMAGES, seed=self.recipe.seed)
+            curves = choice.curves_of(self.recipe, start, images)
             return {"curves": {n: [list(astuple(c)) for c in cs] for n, cs in curves.items()}}
 
         found = self.stages.result("sensitivity", [self.origin, depends], compute)["curves"]
         return {name: [Choice(*values) for values in choices] for name, choices in found.items()}
 
     def cluster(self, start: nn.Module) -> tuple[nn.Module, float]:
+        """Return the clustered model, before it is fine-tuned."""
         images = self._unlabelled()
         depends = self._sections("prune", "cluster")
         if images is not None:
@@ -241,6 +179,7 @@ class _Training:
         return self._stage("cluster", depends, lambda: clustered_copy(self.recipe, start, images))
 
     def finetune(self, clustered: nn.Module, teacher: nn.Module) -> tuple[nn.Module, float]:
+        """Return the clustered model, fine-tuned with labels or distilled without."""
         images = self._unlabelled()
         depends = self._sections("prune", "cluster", "finetune")
         if images is None:
@@ -265,7 +204,7 @@ class _Training:
         model = copy.deepcopy(clustered)
         if section.quantize_activations:
             quantize_activations_(model, images[:EVALUATION_BATCH])
-        return torchclust.distill_(
+        return distill_(
             model,
             teacher,
             images,
@@ -282,6 +221,7 @@ class _Training:
         return samples(self.data.train, UNLABELLED, seed=self.recipe.seed)
 
     def prune(self, trained: nn.Module) -> tuple[nn.Module, float]:
+        """Return the pruned model."""
         section = self.recipe.prune
         assert section is not None
         plan = [Phase(section.epochs, self.recipe.lr)]
@@ -331,33 +271,5 @@ class _Training:
             return {"state": model.state_dict(), "accuracy": percent}
 
         result = self.stages.result(name, [self.origin, depends], compute)
-        model = torchclust.restore_(copy.deepcopy(self.start), result["state"]).eval()
+        model = restore_(copy.deepcopy(self.start), result["state"]).eval()
         return model, result["accuracy"]
-
-
-def origin(prepared: Prepared) -> dict[str, Any]:
-    """Return what every stage depends on: seed, data, training, and the model as it is built.
-
-    The model by its printed form and its tensors: a user's own network changes while its name in
-    the recipe stays, and a result of the old one must not be taken for the new one's.
-    """
-    recipe, model = prepared.recipe, prepared.model
-    dumped = recipe.to_dict()
-    found = {key: dumped.get(key) for key in ("seed", "data", "model", "train")}
-    found["layers"] = repr(model)
-    found["tensors"] = {name: list(value.shape) for name, value in model.state_dict().items()}
-    if recipe.model.checkpoint is not None:
-        found["checkpoint"] = hashlib.sha256(recipe.model.checkpoint.read_bytes()).hexdigest()
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version(), "torchclust": torchclust.__version__}
-    for name in ("torch", "numpy", "pytorch-lightning", "litert-torch", "ai-edge-quantizer",
-                 "ai-edge-litert", "ethos-u-vela"):  # fmt: skip
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -11,9 +11,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from torchclust.prepare import prepare
-from torchclust.recipe import Recipe, RecipeError, load_recipe, parse_yaml
-from torchclust.run import STAGE_FOLDER, check_output, clear, run_recipe, write_whole
+from torchclust.recipes.load import load_recipe, parse_yaml
+from torchclust.recipes.prepare import prepare
+from torchclust.recipes.run import STAGE_FOLDER, check_output, clear, run_recipe, write_whole
+from torchclust.recipes.schema import Recipe, RecipeError
 
 Row = dict[str, Any]
 _COLUMNS = {

@@ -16,8 +16,8 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torchclust.data import Batch
-from torchclust.recipe import Schedule
+from torchclust.recipes.schema import Schedule
+from torchclust.zoo.dataset import Batch
 
 
 class Classifier(pl.LightningModule):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from torchclust.threads import in_blocks, must_be_traceable
+from torchclust.fitting.threads import in_blocks, must_be_traceable
 
 _BLOCK = 1 << 15  # indices at a time: widened they stay in the cache, and torch starts no threads
 _SHARED = 4  # as many at a time where threads share a gather: fewer hand-overs between them

@@ -16,18 +16,17 @@ rate, so a codebook kept in integer units would stand still and a scale of 0.002
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchclust.codebook import Codebook, fit_codebook
-from torchclust.config import ClusterConfig
-from torchclust.integer_codebook import fit_integer_codebook
-from torchclust.lookup import Memory, grouped_sum, lookup
-from torchclust.nearest import assign, count_below_in_units
+from torchclust.fitting.nearest import assign, count_below_in_units
+from torchclust.weight.config import ClusterConfig
+from torchclust.weight.evaluation_cache import EvaluationCache
+from torchclust.weight.fit import at_least_float32, config_as_bytes, fit_weight
+from torchclust.weight.lookup import Memory, grouped_sum, lookup
 
 _PARAMETERS = ("centroids", "relative_scale")
 
@@ -55,14 +54,14 @@ class ClusteredWeight(nn.Module):
         self.channel_dim = channel_dim
         self.shape = tensors["indices" if config.assignment == "fixed" else "original"].shape
         self.first_original: Tensor | None = tensors["original"]
-        self._cached: _Cached | None = None
+        self._cached: EvaluationCache | None = None
         self._memory = Memory()
         for name, tensor in tensors.items():
             if name in _PARAMETERS:
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad))
             elif name not in ("original", "config_json"):
                 self.register_buffer(name, tensor)
-        self.register_buffer("config_json", _as_bytes(config).to(tensors["original"].device))
+        self.register_buffer("config_json", config_as_bytes(config).to(tensors["original"].device))
 
     def forward(self, original: Tensor) -> Tensor:
         """The weight. Without gradients the last result is returned while nothing has changed."""
@@ -75,7 +74,7 @@ class ClusteredWeight(nn.Module):
         if self._cached is None or not self._cached.holds(tensors):
             self._cached = None  # not two values at a time, nor the last step's
             self._memory = Memory()
-            self._cached = _Cached(self.value(original), tensors)
+            self._cached = EvaluationCache(self.value(original), tensors)
         return self._cached.value
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -179,9 +178,9 @@ class FloatClusteredWeight(ClusteredWeight):
     def _nearest(self, rows: Tensor, codebook: Tensor) -> Tensor:
         if codebook.dim() == 1:
             return assign(rows, codebook)
-        table = _at_least_float32(self._table(codebook))
+        table = at_least_float32(self._table(codebook))
         limits = table[:, 1:] / 2 + table[:, :-1] / 2  # halved first: no overflow
-        flat = _at_least_float32(rows).flatten(1)
+        flat = at_least_float32(rows).flatten(1)
         found = torch.searchsorted(limits.contiguous(), flat.contiguous(), out_int32=True)
         return found.byte().view(rows.shape)
 
@@ -210,7 +209,7 @@ class IntegerClusteredWeight(ClusteredWeight):
     def codes(self, original: Tensor) -> Tensor:
         """The int8 codebook, ascending."""
         with torch.no_grad():
-            codes: Tensor = _mirrored(self._codebook(self.trained(original))).unique()
+            codes: Tensor = mirrored(self._codebook(self.trained(original))).unique()
             return codes.to(torch.int8)
 
     def scale(self) -> Tensor:
@@ -224,10 +223,10 @@ class IntegerClusteredWeight(ClusteredWeight):
         return codes if self.config.assignment == "fixed" else codes.sort().values
 
     def _table(self, codebook: Tensor) -> Tensor:
-        return self.scale()[:, None] * _mirrored(codebook)
+        return self.scale()[:, None] * mirrored(codebook)
 
     def _nearest(self, rows: Tensor, codebook: Tensor) -> Tensor:
-        codes = _mirrored(codebook).float()
+        codes = mirrored(codebook).float()
         scale = self.scale().detach().float().clamp_min(torch.finfo(torch.float32).tiny)
         return count_below_in_units(rows, scale, (codes[1:] + codes[:-1]) / 2)
 
@@ -252,154 +251,11 @@ def make_clustered_weight(
     return kind(config, tensors, channel_dim=channel_dim, requires_grad=requires_grad)
 
 
-def config_from_bytes(encoded: Tensor) -> ClusterConfig:
-    """The configuration that a clustered state dict carries (``...0.config_json``)."""
-    return ClusterConfig.from_json(bytes(encoded.tolist()).decode("ascii"))
-
-
-def fit_weight(
-    weight: Tensor,
-    config: ClusterConfig,
-    *,
-    channel_dim: int = 0,
-    importance: Tensor | None = None,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Fit a weight's codebooks; pure.
-
-    Returns:
-        The tensors of a `ClusteredWeight` by name. ``original`` is what the parametrization
-        registers: the codebook with ``"fixed"``, the weight itself with ``"nearest"``.
-        ``fit_error`` is ``||weight - clustered|| / ||weight||`` as fitted, a float32 scalar.
-    """
-    rows = weight.detach().transpose(0, channel_dim)
-    weights = None if importance is None else importance.detach().transpose(0, channel_dim)
-    fit = _fit_float if config.codebook_dtype == "float32" else _fit_integer
-    trained, indices, tensors = fit(rows, config, weights, seed)
-    if config.assignment == "fixed":
-        tensors |= {"original": trained, "indices": indices.transpose(0, channel_dim).contiguous()}
-    else:
-        tensors |= {"original": weight.detach().clone(), "centroids": trained}
-        if config.preserve_sparsity:
-            tensors["sparsity_mask"] = weight.detach() == 0
-    with torch.no_grad():
-        fitted = make_clustered_weight(config, tensors, channel_dim=channel_dim)
-        clustered = fitted.value(tensors["original"])
-    return tensors | {"fit_error": relative_error(weight.detach(), clustered)}
-
-
-def _fit_float(
-    rows: Tensor, config: ClusterConfig, importance: Tensor | None, seed: int
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    def fit(part: slice) -> Codebook:
-        return fit_codebook(
-            rows[part],
-            config.n_clusters,
-            init=config.init,
-            max_iter=config.max_iter,
-            importance=None if importance is None else importance[part],
-            preserve_sparsity=config.preserve_sparsity,
-            seed=seed,
-        )
-
-    if config.granularity == "tensor":
-        codebook = fit(slice(None))
-        centroids, indices = codebook.centroids, codebook.indices
-    else:
-        size = config.group_size if config.granularity == "group" else 1
-        parts = [slice(start, start + (size or 1)) for start in range(0, len(rows), size or 1)]
-        books = [fit(part) for part in parts]
-        centroids = _stack_padded([book.centroids for book in books])
-        indices = torch.cat([book.indices for book in books])
-    zero = {"zero_mask": centroids == 0} if config.preserve_sparsity else {}
-    return centroids, indices.byte(), zero
-
-
-def _fit_integer(
-    rows: Tensor, config: ClusterConfig, importance: Tensor | None, seed: int
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    book = fit_integer_codebook(
-        rows,
-        config.n_clusters,
-        init=config.init,
-        max_iter=config.max_iter,
-        importance=importance,
-        preserve_sparsity=config.preserve_sparsity,
-        seed=seed,
-    )
-    magnitudes, indices = book.codes[len(book.codes) // 2 + 1 :], book.indices
-    if len(magnitudes) == 0:  # an all-zero weight: something must be there to train
-        magnitudes, indices = book.codes.new_ones(1), indices + 1
-    unit = torch.exp2(book.scale.double().mean().log2().round())
-    dtype = rows.dtype
-    return (
-        (magnitudes.double() * unit).to(dtype),
-        indices.byte(),
-        {"relative_scale": (book.scale.double() / unit).to(dtype), "unit": unit.to(dtype)},
-    )
-
-
-def _stack_padded(centroids: Sequence[Tensor]) -> Tensor:
-    """One row a codebook; a shorter one repeats its last centroid, which no index refers to."""
-    width = max(len(c) for c in centroids)
-    return torch.stack([torch.cat([c, c[-1:].expand(width - len(c))]) for c in centroids])
-
-
-def _mirrored(codes: Tensor) -> Tensor:
+def mirrored(codes: Tensor) -> Tensor:
+    """Return the whole codebook of positive codes: ``-codes, 0, codes``."""
     return torch.cat([-codes.flip(0), codes.new_zeros(1), codes])
-
-
-def relative_error(weight: Tensor, clustered: Tensor) -> Tensor:
-    """``||weight - clustered|| / ||weight||``, a float32 scalar that no magnitude overflows."""
-    largest = weight.abs().max().clamp_min(torch.finfo(weight.dtype).tiny)  # squares overflow
-    norm: Tensor = torch.linalg.vector_norm(weight / largest, dtype=torch.float64)
-    error: Tensor = torch.linalg.vector_norm(
-        clustered / largest - weight / largest, dtype=torch.float64
-    )
-    return torch.div(error, norm.clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
 def _scale_gradient(tensor: Tensor, factor: Tensor) -> Tensor:
     """The same values to the bit, with the gradient multiplied."""
     return tensor.detach() + (tensor - tensor.detach()) * factor
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _as_bytes(config: ClusterConfig) -> Tensor:
-    return torch.tensor(list(config.to_json().encode("ascii")), dtype=torch.uint8)
-
-
-class _Cached:
-    """A computed weight and what it was computed from.
-
-    Tensors are compared by identity, storage and version counter, and the small ones on the CPU by
-    value as well: an edit through ``.data`` leaves the version counter as it was.
-    """
-
-    def __init__(self, value: Tensor, sources: Sequence[Tensor]) -> None:
-        self.value = value
-        self._stamp = list(_stamps([value, *sources]))
-        self._refs = [weakref.ref(source) for source in sources]
-        self._copies = [(i, s.clone()) for i, s in enumerate(sources) if _is_small(s)]
-        self._inference = torch.is_inference_mode_enabled()
-
-    def holds(self, sources: Sequence[Tensor]) -> bool:
-        return (
-            self._inference == torch.is_inference_mode_enabled()
-            and len(sources) == len(self._refs)
-            and all(r() is s for r, s in zip(self._refs, sources, strict=True))
-            and self._stamp == list(_stamps([self.value, *sources]))
-            and all(torch.equal(copy, sources[i]) for i, copy in self._copies)
-        )
-
-
-def _stamps(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
-    for tensor in tensors:
-        yield tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
-def _is_small(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_floating_point() and tensor.numel() <= 65536

@@ -13,11 +13,8 @@ of everything they depend on. Nothing here downloads unless `fetch` is called.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import io
 import os
-import shutil
-import subprocess
 import tarfile
 import tempfile
 import urllib.error
@@ -25,7 +22,6 @@ import urllib.request
 import wave
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,31 +29,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchclust.data import DataError
-
-Samples = NDArray[np.int16]
-Floats = NDArray[np.float32]
-
-WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
-CLASSES = (*WORDS, "silence", "unknown")
-OTHER_WORDS = (
-    *("backward", "bed", "bird", "cat", "dog", "eight", "five", "follow", "forward", "four"),
-    *("happy", "house", "learn", "marvin", "nine", "one", "seven", "sheila", "six", "three"),
-    *("tree", "two", "visual", "wow", "zero"),
+from torchclust.zoo.dataset import DataError
+from torchclust.zoo.keywords import (
+    CLASSES,
+    OTHER_WORDS,
+    RATE,
+    WORDS,
+    Floats,
+    Samples,
+    features,
+    front_end_version,
+    to_int16,
 )
-RATE = 16_000  # samples in a second, and in a clip
-FRAMES, COEFFICIENTS = 49, 10
+from torchclust.zoo.voices import TEST_VARIANTS, TRAIN_VARIANTS, espeak_version, speak_all
+
 ARCHIVE_URL = "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
 ARCHIVE_SHA256 = "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"
-
-# A voice is an accent and a variant, the shape of a throat. No variant speaks in both parts.
-_ACCENTS = ("en-us", "en-gb", "en-029", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd",
-            "en-gb-x-rp")  # fmt: skip
-_TRAIN_VARIANTS = ("m1", "m2", "m3", "m4", "m6", "m7", "f1", "f2", "f4", "klatt", "klatt2",
-                   "klatt4", "Alex", "Alicia", "Andrea", "Andy", "Denis", "Gene", "Hugo",
-                   "Jacky", "Lee", "Mario", "Mike", "ed", "john", "max", "pablo", "robert",
-                   "sandro", "zac")  # fmt: skip
-_TEST_VARIANTS = ("m5", "m8", "f3", "f5", "klatt3", "Annie", "Michael", "linda", "david", "steph")
 _RECIPE = 1  # part of the cache's name: raise it when the clips of a seed change
 
 
@@ -78,14 +65,14 @@ def synthetic(n_train: int, n_test: int, seed: int, processes: int = 2) -> tuple
     Raises:
         DataError: espeak-ng or pymicro-features is not installed; the text says how to get it.
     """
-    version = _espeak_version()
+    version = espeak_version()
 
     def compute() -> dict[str, NDArray[Any]]:
-        train = _speak_all(n_train, _TRAIN_VARIANTS, seed, 0, processes)
-        test = _speak_all(n_test, _TEST_VARIANTS, seed, 1, processes)
+        train = speak_all(n_train, TRAIN_VARIANTS, seed, 0, processes)
+        test = speak_all(n_test, TEST_VARIANTS, seed, 1, processes)
         return _as_arrays(train, test)
 
-    depends = [_RECIPE, n_train, n_test, seed, version, _front_end_version()]
+    depends = [_RECIPE, n_train, n_test, seed, version, front_end_version()]
     return _as_parts(_cached("speech_synthetic", depends, compute))
 
 
@@ -118,7 +105,7 @@ def recorded(root: Path, seed: int) -> tuple[Part, Part]:
         return _as_arrays(_read_all(root, train, seed), _read_all(root, test, seed + 1))
 
     listed = hashlib.sha256("\n".join([*train, "", *test]).encode()).hexdigest()
-    depends = [_RECIPE, str(root.resolve()), listed, seed, _front_end_version()]
+    depends = [_RECIPE, str(root.resolve()), listed, seed, front_end_version()]
     return _as_parts(_cached("speech_commands", depends, compute))
 
 
@@ -161,123 +148,6 @@ def cache_folder() -> Path:
     """Return ``$XDG_CACHE_HOME/torchclust``, or ``~/.cache/torchclust`` where that is not set."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "torchclust"
-
-
-def features(clip: Samples) -> Floats:
-    """Return the (49, 10) features of one second, int16 (16000,)."""
-    front_end = _front_end()
-    raw, frames, start = clip.tobytes(), [], 0
-    while start + 320 <= len(raw):  # 10 ms of 16-bit samples, which is what one call reads
-        done = front_end.process_samples(raw[start : start + 320])
-        start += 2 * done.samples_read
-        if done.features:
-            frames.append(done.features)
-    mel = np.asarray(frames[: 2 * FRAMES : 2], np.float32)
-    return np.asarray(mel @ _cosines(mel.shape[1]))
-
-
-def _cosines(channels: int) -> Floats:
-    """Return the first 10 vectors of the orthonormal DCT-II as columns: (`channels`, 10)."""
-    angles = np.pi / channels * np.outer(np.arange(channels) + 0.5, np.arange(COEFFICIENTS))
-    basis: NDArray[np.float64] = np.cos(angles) * np.sqrt(2 / channels)
-    basis[:, 0] /= np.sqrt(2)
-    return basis.astype(np.float32)
-
-
-def _front_end() -> Any:
-    try:
-        from pymicro_features import MicroFrontend  # type: ignore[import-untyped,unused-ignore]
-    except ImportError as error:
-        raise DataError(
-            "speech needs the audio front end pymicro-features, which is not installed:  "
-            'pip install "torchclust[recipes]"'
-        ) from error
-    return MicroFrontend()
-
-
-def _front_end_version() -> str:
-    _front_end()
-    return importlib.metadata.version("pymicro-features")
-
-
-def _espeak_version() -> str:
-    if shutil.which("espeak-ng") is None:
-        raise DataError(
-            "data speech_synthetic is spoken by espeak-ng, which is not installed:  "
-            "apt-get install espeak-ng  — or name a folder of recordings, Speech Commands v0.02:  "
-            "--set data.root=/path/to/speech_commands"
-        )
-    asked = subprocess.run(["espeak-ng", "--version"], capture_output=True, text=True, check=True)
-    return asked.stdout.split("Data at")[0].strip()
-
-
-def _speak_all(
-    count: int, variants: Sequence[str], seed: int, part: int, processes: int
-) -> list[tuple[Floats, int]]:
-    """Return `count` clips, the classes taking turns, each drawn from a stream of its own."""
-
-    def one(index: int) -> tuple[Floats, int]:
-        rng = np.random.default_rng([seed, part, index])
-        label = index % len(CLASSES)
-        return features(_clip(_word(label, rng), variants, rng)), label
-
-    # Threads: the work is espeak-ng's, in a process of its own for each clip.
-    with ThreadPoolExecutor(processes) as pool:
-        return list(pool.map(one, range(count)))
-
-
-def _word(label: int, rng: np.random.Generator) -> str | None:
-    """Return what is said in a clip of a class; nothing for silence."""
-    if CLASSES[label] == "silence":
-        return None
-    return str(rng.choice(OTHER_WORDS)) if CLASSES[label] == "unknown" else CLASSES[label]
-
-
-def _clip(word: str | None, variants: Sequence[str], rng: np.random.Generator) -> Samples:
-    """Return one second, int16 (16000,), with a word somewhere in it and noise everywhere."""
-    level = 10 ** rng.uniform(2.0, 3.6)
-    noise = _noise(rng)
-    if word is None:
-        return _to_int16(noise * level)
-    spoken = _spoken(word, variants, rng)
-    spoken = spoken / max(float(np.sqrt(np.mean(spoken**2))), 1e-6)
-    second = np.zeros(RATE)
-    start = int(rng.integers(0, max(1, RATE - len(spoken) + 1)))
-    second[start : start + len(spoken)] = spoken[: RATE - start]
-    return _to_int16(level * (second + noise * 10 ** (-rng.uniform(0, 25) / 20)))
-
-
-def _spoken(word: str, variants: Sequence[str], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Return a word as some voice says it, without the silence around it, at 16 kHz."""
-    from scipy.signal import resample_poly  # type: ignore[import-untyped,unused-ignore]
-
-    voice = f"{rng.choice(_ACCENTS)}+{rng.choice(variants)}"
-    pitch, speed = str(rng.integers(15, 90)), str(rng.integers(110, 240))
-    command = ["espeak-ng", "--stdout", "-v", voice, "-p", pitch, "-s", speed, word]
-    wav = subprocess.run(command, capture_output=True, check=True).stdout
-    # The header's lengths are not filled in when espeak-ng writes to a pipe.
-    at = wav.index(b"data") + 8
-    rate = int.from_bytes(wav[24:28], "little")
-    raw = np.frombuffer(wav[at : len(wav) - (len(wav) - at) % 2], np.int16).astype(np.float64)
-    sound = resample_poly(raw, RATE, rate)
-    loud = np.flatnonzero(np.abs(sound) > 0.02 * np.abs(sound).max(initial=1.0))
-    return np.asarray(sound[loud[0] : loud[-1] + 1] if len(loud) else sound[:1], np.float64)
-
-
-def _noise(rng: np.random.Generator) -> NDArray[np.float64]:
-    """Return a second of noise of power 1 whose spectrum falls by 0 to 6 dB an octave.
-
-    Its loudness wanders by some decibels, so that noise alone does not sound like a constant.
-    """
-    spectrum = np.fft.rfft(rng.standard_normal(RATE))
-    spectrum /= np.maximum(np.arange(len(spectrum)), 20) ** rng.uniform(0, 1)
-    wander = np.interp(np.arange(RATE), np.linspace(0, RATE, 9), rng.normal(0, 3, 9))
-    noise = np.fft.irfft(spectrum, RATE) * 10 ** (wander / 20)
-    return np.asarray(noise / np.sqrt(np.mean(noise**2)))
-
-
-def _to_int16(samples: NDArray[np.float64]) -> Samples:
-    return np.clip(np.rint(samples), -32768, 32767).astype(np.int16)
 
 
 def _listed(root: Path, name: str) -> set[str]:
@@ -332,7 +202,7 @@ def _stretch(noises: Sequence[Samples], rng: np.random.Generator) -> Samples:
     """Return a second of one of the noises, from anywhere in it, at up to its loudness."""
     noise = noises[int(rng.integers(len(noises)))]
     start = int(rng.integers(0, max(1, len(noise) - RATE)))
-    return _to_int16(_second(noise[start:]).astype(np.float64) * rng.uniform(0, 1))
+    return to_int16(_second(noise[start:]).astype(np.float64) * rng.uniform(0, 1))
 
 
 def _as_arrays(*parts: Iterable[tuple[Floats, int]]) -> dict[str, NDArray[Any]]:

@@ -1,0 +1,1 @@
+"""Fitting codebooks to what layers see: unlabelled inputs, their moments, their outputs."""

@@ -1,0 +1,1 @@
+"""A whole model: which of its tensors are clustered and how, and the verbs that do it."""

@@ -1,0 +1,117 @@
+"""Swapping a lookup in for a plain parameter, and a plain parameter for a lookup."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+from torchclust.model.places import clustered_weight, parametrizations_of, trains
+from torchclust.model.slots import Slot
+from torchclust.weight.config import ClusterConfig
+from torchclust.weight.parametrization import ClusteredWeight, make_clustered_weight
+
+
+def make_for(slot: Slot, config: ClusterConfig, tensors: Mapping[str, Tensor]) -> ClusteredWeight:
+    """Return the lookup of a slot from its fitted tensors."""
+    return make_clustered_weight(
+        config,
+        tensors,
+        channel_dim=slot.channel_dim,
+        requires_grad=trains(slot.module, slot.tensor_name),
+    )
+
+
+def attach(slot: Slot, clustered: ClusteredWeight) -> None:
+    """Put a lookup in every place where the slot's tensor stands."""
+    for module, name in slot.places:
+        make_plain(module, name)
+        order = _parameter_order(module)
+        module._parameters[name].grad = None  # type: ignore[union-attr]  # of the old shape
+        parametrize.register_parametrization(module, name, clustered, unsafe=True)
+        module.parametrizations[name].parameter_order = order  # type: ignore[index, union-attr]
+        if isinstance(module, nn.RNNBase):
+            _look_up_flat_weights(module)
+    clustered.first_original = None
+
+
+def _parameter_order(module: nn.Module) -> tuple[str, ...]:
+    """The module's parameters as they stood before the first of them was clustered."""
+    for holder in parametrizations_of(module).values():
+        if hasattr(holder, "parameter_order"):
+            return holder.parameter_order  # type: ignore[return-value]
+    return tuple(module._parameters)
+
+
+def make_plain(module: nn.Module, name: str) -> None:
+    """Undo what computes the tensor now, keeping its value: pruning, weight_norm, clustering."""
+    own = clustered_weight(module, name)
+    if own is not None:
+        with torch.no_grad():
+            value = getattr(module, name).detach().clone()
+        detach(module, name, value)
+    elif parametrize.is_parametrized(module, name):
+        parametrize.remove_parametrizations(module, name)
+    elif name + "_mask" in module._buffers:
+        prune.remove(module, name)
+    elif name + "_g" in module._parameters:
+        nn.utils.remove_weight_norm(module, name)
+
+
+def detach(module: nn.Module, name: str, value: Tensor) -> None:
+    """Take our parametrization off and leave a plain parameter, the very one that was clustered.
+
+    Not torch's ``remove_parametrizations``: that deletes the property from the module's class,
+    which a deep copy shares, and so breaks the copy's original; and it leaves the parameter last
+    among its siblings, which reorders every optimizer and state dict built from then on.
+    """
+    holder = parametrizations_of(module)[name]
+    parameter, order = holder.original, holder.parameter_order
+    assert isinstance(parameter, nn.Parameter)
+    assert isinstance(order, tuple)
+    if parameter.shape != value.shape:
+        parameter.grad = None
+    parameter.data = value
+    remaining = {n: p for n, p in parametrizations_of(module).items() if n != name}
+    class_dict, base = dict(vars(type(module))), type(module).__bases__[0]
+    if remaining:
+        del class_dict[name]
+        del module.parametrizations[name]  # type: ignore[operator, union-attr]
+        module.__class__ = type(type(module).__name__, (base,), class_dict)
+    else:
+        del module._modules["parametrizations"]
+        module.__class__ = base
+    module.register_parameter(name, parameter)
+    for sibling in [n for n in order if n in module._parameters]:
+        module._parameters[sibling] = module._parameters.pop(sibling)
+    if isinstance(module, nn.RNNBase) and not remaining:
+        module._init_flat_weights()
+
+
+def _look_up_flat_weights(module: nn.RNNBase) -> None:
+    """Let a recurrent module's kernels read the lookups instead of the list it keeps of them.
+
+    `nn.RNNBase` caches its parameters in ``_flat_weights`` and packs them for cuDNN; of a computed
+    weight both would be stale after one step. The overrides live in the parametrized class, so
+    `strip_` takes them away with it.
+    """
+
+    def flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
+        with parametrize.cached():  # the weights are read more than once a call
+            return base.forward(self, *args, **kwargs)
+
+    def nothing(self: nn.RNNBase) -> None:
+        """There is no packed copy to keep up to date."""
+
+    cls: Any = type(module)  # made by torch for this module alone
+    base: Any = cls.__bases__[0]
+    cls._flat_weights = property(flat_weights, lambda self, value: None)
+    cls._update_flat_weights = cls.flatten_parameters = nothing
+    cls.forward = forward
+    module.__dict__.pop("_flat_weights", None)

@@ -1,0 +1,1 @@
+"""``torchclust run``: from a recipe in YAML to files and a report, stage by stage."""

@@ -1,0 +1,110 @@
+"""Stages kept as files: a result whose name holds a digest of all that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import pickle
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchclust.recipes.prepare import Prepared
+
+Result = dict[str, Any]
+
+
+@dataclass
+class Stages:
+    """The stages of one run: stored results, and what each new one depends on.
+
+    Args:
+        folder: where results are stored.
+        say: told what is going on, one line at a time.
+        progress: whether training shows its progress bar.
+    """
+
+    folder: Path
+    say: Callable[[str], None] = lambda line: None
+    progress: bool = True
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def result(
+        self,
+        name: str,
+        depends: Any,
+        compute: Callable[[], Result],
+        *,
+        is_whole: Callable[[Result], bool] = lambda result: True,
+    ) -> Result:
+        """Return the stored result of a stage, or compute and store it.
+
+        A result holds tensors, numbers, strings, lists and dicts. It is written under another name
+        and then renamed, so a file that is there is complete; `is_whole` says whether what the
+        result tells of outside that file is still there.
+        """
+        text = json.dumps([versions(), depends], sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        file = self.folder / f"{name}-{digest}.pt"
+        if file.exists():
+            stored = _load(file)
+            if stored is not None and is_whole(stored):
+                self.say(f"{name}: done before")
+                self.seconds[name] = stored["seconds"]
+                return stored
+        self.say(f"{name} ...")
+        started = time.perf_counter()
+        computed = compute()
+        self.seconds[name] = round(time.perf_counter() - started, 2)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        torch.save({**computed, "seconds": self.seconds[name]}, partial)
+        os.replace(partial, file)
+        return computed
+
+
+def _load(file: Path) -> Result | None:
+    """Return a stored result, or None where the file was damaged since."""
+    try:
+        stored: Result = torch.load(file, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        return None
+    return stored
+
+
+def origin(prepared: Prepared) -> dict[str, Any]:
+    """Return what every stage depends on: seed, data, training, and the model as it is built.
+
+    The model by its printed form and its tensors: a user's own network changes while its name in
+    the recipe stays, and a result of the old one must not be taken for the new one's.
+    """
+    recipe, model = prepared.recipe, prepared.model
+    dumped = recipe.to_dict()
+    found = {key: dumped.get(key) for key in ("seed", "data", "model", "train")}
+    found["layers"] = repr(model)
+    found["tensors"] = {name: list(value.shape) for name, value in model.state_dict().items()}
+    if recipe.model.checkpoint is not None:
+        found["checkpoint"] = hashlib.sha256(recipe.model.checkpoint.read_bytes()).hexdigest()
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result."""
+    found = {
+        "python": platform.python_version(),
+        "torchclust": importlib.metadata.version("torchclust"),
+    }
+    for name in ("torch", "numpy", "pytorch-lightning", "litert-torch", "ai-edge-quantizer",
+                 "ai-edge-litert", "ethos-u-vela"):  # fmt: skip
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
