@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import torchclust
-from torchclust import cli
+from torchclust.cli import parser as cli
 
 PAGE = Path(__file__).parents[2] / "shared/API.md"
 

@@ -16,17 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fake_data import fake_data
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from test_recipe import fake_data
 
 import torchclust
-from torchclust import data as data_sets
 from torchclust import export
-from torchclust import prepare as preparing
 from torchclust.cli.parser import main, parser
+from torchclust.recipes import prepare as preparing
 from torchclust.recipes.load import load_recipe, parse_recipe, parse_yaml
 from torchclust.recipes.sweep import plan
+from torchclust.zoo import data as data_sets
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

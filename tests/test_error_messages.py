@@ -53,7 +53,7 @@ def messages() -> dict[str, list[str]]:
 
 def asserted() -> set[str]:
     found = set()
-    for file in sorted(set(TESTS.glob("test_*.py")) - {Path(__file__)}):
+    for file in sorted(set(TESTS.rglob("test_*.py")) - {Path(__file__)}):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             match node:
                 case ast.keyword(arg="match", value=place) | ast.Assert(test=place):

@@ -165,7 +165,7 @@ ENTRIES = {
 
 TRY = """
 import contextlib, io, torch, torchclust, torchclust.export
-from torchclust import cli
+from torchclust.cli import parser as cli
 def main(words):
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):

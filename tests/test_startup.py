@@ -24,7 +24,7 @@ def imported_by(statement: str) -> set[str]:
 
 def command(words: str) -> str:
     return (
-        "from torchclust import cli\n"
+        "from torchclust.cli import parser as cli\n"
         f"try: cli.main({words.split()!r})\n"
         "except SystemExit as end: assert not end.code, end.code\n"
     )

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_recipe import fake_data
+from fake_data import fake_data
 
 from torchclust import cluster_, save_packed, strip_
-from torchclust import prepare as preparing
 from torchclust.cli.parser import main
 from torchclust.export import inspect_tflite
+from torchclust.recipes import prepare as preparing
 from torchclust.recipes.prepare import build_model
 
 RECIPE = """

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_data import write_idx
-from test_recipe import fake_data
+from fake_data import fake_data, write_idx
 
 import torchclust
-from torchclust import cli, commands
-from torchclust import prepare as preparing
+from torchclust.cli import commands
+from torchclust.cli import parser as cli
 from torchclust.cli.file_report import describe
 from torchclust.export import VelaError
+from torchclust.recipes import prepare as preparing
 
 RECIPE = """
 name: tiny

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_recipe import fake_data
+from fake_data import fake_data
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import torchclust
-from torchclust import distillation, prepare, stages
 from torchclust.data_aware.batches import Call
 from torchclust.data_aware.blocks import find_blocks
+from torchclust.distillation import distill as distillation
+from torchclust.recipes import kept, prepare, stages
 from torchclust.recipes.load import parse_recipe
 from torchclust.zoo.networks import Residual
 
@@ -296,7 +297,7 @@ def test_recipes_without_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(stages, "fit", counted("fit", stages.fit))
     monkeypatch.setattr(torchclust, "distill_", counted("distill_", torchclust.distill_))
     for _ in range(2):  # the second time every stage is read back
-        found = stages.train_networks(prepared, stages.Stages(tmp_path, progress=False))
+        found = stages.train_networks(prepared, kept.Stages(tmp_path, progress=False))
         assert calls_of == {"fit": 1, "distill_": 1}  # without labels the control is the model
         assert found.compressed is not None
         assert torchclust.is_clustered(found.compressed)

@@ -10,10 +10,11 @@ import kmeans1d
 import numpy as np
 import pytest
 import torch
+from draws import draw
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from torchclust import arguments
+from torchclust.fitting import arguments
 from torchclust.fitting.codebook import Codebook, fit_codebook
 from torchclust.fitting.nearest import assign, count_below, count_below_in_units
 from torchclust.fitting.threads import WORTHWHILE
@@ -77,24 +78,6 @@ def quadratic_least_error(
     for _ in range(k - 1):
         best = np.array([min(best[a] + cost[a, b] for a in range(b + 1)) for b in range(n + 1)])
     return float(best[n])
-
-
-def draw(kind: str, n: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float64]]:
-    rng = np.random.default_rng(seed)
-    normal = rng.standard_normal(n)
-    drawn = {
-        "gauss": normal,
-        "uniform": rng.random(n),
-        "laplace": rng.laplace(size=n),
-        "cauchy": rng.standard_cauchy(n),
-        "mixed": normal * np.exp(1.5 * rng.standard_normal(n)),
-        "pruned": np.where(rng.random(n) < 0.8, 0.0, normal),
-        "tied": rng.integers(0, max(n // 5, 3), n).astype(np.float64) ** 2,
-        "two modes": np.where(rng.random(n) < 0.5, -1 + 0.01 * normal, 1 + 0.3 * normal),
-        "far from 0": 1000 + normal,
-        "one outlier": np.concatenate([normal[1:], [1e6]]),
-    }
-    return drawn[kind]
 
 
 KINDS = [

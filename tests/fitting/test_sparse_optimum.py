@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from draws import draw
 from numpy.typing import NDArray
-from test_codebook import draw
 
 from torchclust import fit_codebook
 from torchclust.fitting.partition import _EXACT

@@ -28,7 +28,7 @@ pytestmark = [
     # Lightning's advice on loaders; worker processes would only slow these tests.
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
 ]
-EXAMPLE = Path(__file__).parent.parent / "recipes" / "lightning_cli"
+EXAMPLE = Path(__file__).parents[2] / "recipes" / "lightning_cli"
 
 
 @pytest.mark.parametrize(

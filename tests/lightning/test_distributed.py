@@ -21,7 +21,7 @@ BATCH_STATISTICS = ("running_mean", "running_var")  # each rank's own, in any DD
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `ddp_runs` leaves."""
     folder = tmp_path_factory.mktemp("ddp")
-    script = Path(__file__).with_name("ddp_runs.py")
+    script = Path(__file__).parents[1] / "ddp_runs.py"
     done = subprocess.run(
         [sys.executable, str(script), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

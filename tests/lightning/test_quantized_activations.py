@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from fake_data import fake_data
 from lightning_runs import STEPS, Batches, Net, trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
-from test_recipe import fake_data
 from torch import Tensor, nn
 
 from torchclust import is_clustered, restore_, strip_
-from torchclust import prepare as preparing
 from torchclust.activations.quantized import activation_ranges, quantized_modules
 from torchclust.lightning import WeightClustering
+from torchclust.recipes import prepare as preparing
 from torchclust.recipes.kept import Stages
 from torchclust.recipes.load import parse_recipe
 from torchclust.recipes.prepare import prepare

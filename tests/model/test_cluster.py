@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from small_net import images, net, train
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -35,26 +36,6 @@ MODES: list[dict[str, Any]] = [
     for assignment in ("fixed", "nearest")
     for dtype in ("float32", "int8")
 ]
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 5)
-    )
-
-
-def images(n: int = 4) -> Tensor:
-    return torch.randn(n, 3, 6, 6, generator=torch.Generator().manual_seed(1))
-
-
-def train(model: nn.Module, steps: int = 3, optimizer: Any = None) -> Any:
-    optimizer = optimizer or torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(images()).square().mean().backward()
-        optimizer.step()
-    return optimizer
 
 
 def n_distinct(tensor: Tensor) -> int:
@@ -437,8 +418,8 @@ def test_a_new_process_continues_bit_for_bit(mode: dict[str, Any], tmp_path: Pat
     train(model, 2, optimizer)
     script = f"""
 import sys, torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_model import net, train
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from small_net import net, train
 from torchclust import restore_
 state, of_optimizer = torch.load({str(tmp_path / "state.pt")!r})
 model = restore_(net(), state)

@@ -25,7 +25,7 @@ from torchclust.packing.record import Header, read_header, read_records, write_h
 from torchclust.packing.sections import PackedFileError, SectionReader
 
 HERE = Path(__file__).parent
-VECTOR = HERE / "data" / "packed-v1.packed"
+VECTOR = HERE / "packed-v1.packed"
 VECTOR_SHA256 = "ed4cb6d57bd0999c5a851ef9bcd322fe105e5d17f7e28d18b92046de2531868d"
 
 
@@ -70,7 +70,7 @@ def assemble(parts: list[bytes], n_records: int | None = None) -> bytes:
 @pytest.fixture(scope="module")
 def reader() -> Callable[[bytes], dict[str, tuple[int, tuple[int, ...], list[int]]]]:
     """``read_packed`` of the documentation, which needs nothing but Python."""
-    page = (HERE.parent / "docs" / "packed-format.md").read_text(encoding="utf-8")
+    page = (HERE.parents[1] / "docs" / "packed-format.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     namespace: dict[str, Any] = {}
     exec(compile(code, "packed-format.md", "exec"), namespace)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import torchclust
-from torchclust import cluster_, is_clustered, named_clusterings, packed_entropy, strip_
+from torchclust import cluster_, is_clustered, named_clusterings, strip_
+from torchclust.packing import entropy as packed_entropy
 from torchclust.packing.pack import load_packed_, packed_size, save_packed
 from torchclust.packing.sections import PackedFileError
 
@@ -372,7 +373,7 @@ def test_a_failed_write_leaves_the_old_file(
 KILLED = """
 import os, signal, sys
 import torch
-from torchclust import packing
+from torchclust.packing import pack as packing
 file, after = sys.argv[1], int(sys.argv[2])
 write, calls = packing.SectionWriter.write, []
 def dying(self, *args):

@@ -8,16 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_recipe import fake_data
+from fake_data import fake_data
 from torch import nn
 
 import torchclust
-from torchclust import ClusterConfig, cluster_, mixed, named_clusterings, save_packed
-from torchclust import prepare as preparing
+from torchclust import ClusterConfig, cluster_, named_clusterings, save_packed
 from torchclust.allocation.encoded_size import encoded_bytes, entropy_bytes, vela_bytes
 from torchclust.allocation.knapsack import Choice
 from torchclust.allocation.sensitivity import CANDIDATES, candidates
-from torchclust.recipes.choice import _within_budget, _within_drop, curves_of, tensor_configs
+from torchclust.recipes import prepare as preparing
+from torchclust.recipes.choice import (
+    _within_budget,
+    _within_drop,
+    curves_of,
+    measure_of,
+    tensor_configs,
+)
 from torchclust.recipes.kept import Stages
 from torchclust.recipes.load import load_recipe, parse_recipe
 from torchclust.recipes.prepare import prepare
@@ -323,4 +329,4 @@ def test_a_rule_of_other_fields_keeps_the_sections_number() -> None:
     assert {config.n_clusters for config in found.values()} == {5}
     assert found["3.weight"].init == "linear"
     assert torchclust.is_clustered(model)
-    assert mixed.measure_of(recipe) is entropy_bytes
+    assert measure_of(recipe) is entropy_bytes

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from test_recipe import fake_data
+from fake_data import fake_data
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchclust
-from torchclust import named_clusterings, stages
-from torchclust import prepare as preparing
+from torchclust import named_clusterings
+from torchclust.recipes import prepare as preparing
+from torchclust.recipes import stages
 from torchclust.recipes.artifacts import zipped_size
 from torchclust.recipes.kept import Stages
 from torchclust.recipes.load import load_recipe, parse_recipe
@@ -29,7 +30,7 @@ from torchclust.recipes.sweep import markdown as markdown_of_sweep
 from torchclust.recipes.training import GradualPruning, fit, prunable
 from torchclust.zoo.dataset import loader
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = {
     "name": "small",
     "data": {"name": "mnist5k", "batch_size": 8},

@@ -4,22 +4,21 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
+from fake_data import fake_data
 
 from torchclust import ClusterConfig, named_clusterings
-from torchclust import prepare as preparing
 from torchclust.cli.parser import parser
+from torchclust.recipes import prepare as preparing
 from torchclust.recipes.kept import Stages
 from torchclust.recipes.load import load_recipe, override, parse_recipe
 from torchclust.recipes.prepare import clustered_copy, load_checkpoint_, prepare
-from torchclust.recipes.schema import ClusterSection, DataSection, Recipe, RecipeError
+from torchclust.recipes.schema import ClusterSection, Recipe, RecipeError
 from torchclust.recipes.stages import train_networks
-from torchclust.zoo.dataset import Data, ImageArrays
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SHIPPED = {
     *("mnist_cnn", "mnist_convnet", "fashion_cnn", "lenet_300_100", "lenet_5", "arm_mlp"),
     *("kws_ds_cnn_l", "mobilenet_v1", "mobilenet_v1_fashion", "mobilenet_v2"),
@@ -42,18 +41,6 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "test.yaml"
     path.write_text(BASE)
     return path
-
-
-def fake_data(section: DataSection, count: int = 40) -> Data:
-    """Noise in the shape of the data set that a recipe names."""
-    shapes = {"mnist5k": (1, 28, 28), "fashion_mnist": (1, 28, 28)}
-    if section.name == "speech_synthetic":
-        shapes, count = {section.name: (1, 49, 10)}, 12
-    size = section.image_size or 224
-    shape = shapes.get(section.name, (3, size, size))
-    images = np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
-    part = ImageArrays(images, np.arange(count) % 10)
-    return Data(part, part, shape, 10)
 
 
 def test_every_field_arrives(file: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchclust import lookup as module
 from torchclust.fitting.threads import WORTHWHILE
+from torchclust.weight import lookup as module
 from torchclust.weight.lookup import grouped_sum, lookup
 
 SHAPES = [

@@ -1,24 +1,17 @@
 """Data sets: shapes, fixed splits, order, and what is said when something is missing or broken."""
 
 import gzip
-import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fake_data import write_idx
 from PIL import Image
 
 from torchclust.zoo.data import fashion_mnist, image_folder, mnist5k
 from torchclust.zoo.dataset import DataError, loader, samples
-
-
-def write_idx(file: Path, array: np.ndarray, *, zipped: bool = False) -> None:
-    """Write `array` of uint8 as an IDX file."""
-    raw = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-    raw += array.astype(np.uint8).tobytes()
-    file.write_bytes(gzip.compress(raw) if zipped else raw)
 
 
 @pytest.fixture

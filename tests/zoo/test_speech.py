@@ -16,11 +16,11 @@ import scipy.fft
 import torch
 from pymicro_features import MicroFrontend
 
-from torchclust import data, speech
 from torchclust.cli.parser import parser
 from torchclust.recipes.load import load_recipe
 from torchclust.recipes.prepare import load_data
 from torchclust.recipes.schema import DataSection, RecipeError
+from torchclust.zoo import data, keywords, speech, voices
 from torchclust.zoo.data import speech_synthetic
 from torchclust.zoo.dataset import DataError
 
@@ -36,11 +36,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def tone(hertz: float, seconds: float = 1.0) -> np.ndarray:
-    time = np.arange(int(speech.RATE * seconds)) / speech.RATE
+    time = np.arange(int(keywords.RATE * seconds)) / keywords.RATE
     return np.int16(8000 * np.sin(2 * np.pi * hertz * time))
 
 
-def write_wav(file: Path, samples: np.ndarray, *, rate: int = speech.RATE) -> None:
+def write_wav(file: Path, samples: np.ndarray, *, rate: int = keywords.RATE) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with wave.open(str(file), "wb") as sound:
         sound.setnchannels(1)
@@ -53,28 +53,28 @@ def write_wav(file: Path, samples: np.ndarray, *, rate: int = speech.RATE) -> No
 def recordings(tmp_path: Path) -> Path:
     """Speech Commands in miniature: tones for words, 6 clips of each of the 35."""
     root = tmp_path / "speech"
-    for number, word in enumerate((*speech.WORDS, *speech.OTHER_WORDS)):
+    for number, word in enumerate((*keywords.WORDS, *keywords.OTHER_WORDS)):
         for clip in range(6):
             write_wav(root / word / f"{clip}.wav", tone(200 + 100 * number, 1 - 0.1 * clip))
     write_wav(root / "_background_noise_" / "hum.wav", tone(50, 3))
-    words = (*speech.WORDS, *speech.OTHER_WORDS)
+    words = (*keywords.WORDS, *keywords.OTHER_WORDS)
     (root / "testing_list.txt").write_text("".join(f"{word}/5.wav\n" for word in words))
     (root / "validation_list.txt").write_text("".join(f"{word}/4.wav\n" for word in words))
     return root
 
 
 def test_features_are_the_front_ends_every_second_frame_in_cosines() -> None:
-    clip = np.random.default_rng(0).integers(-9000, 9000, speech.RATE).astype(np.int16)
+    clip = np.random.default_rng(0).integers(-9000, 9000, keywords.RATE).astype(np.int16)
     front_end, frames = MicroFrontend(), []
-    for start in range(0, speech.RATE, 160):
+    for start in range(0, keywords.RATE, 160):
         found = front_end.process_samples(clip[start : start + 160].tobytes())
         frames += [found.features] if found.features else []
     assert len(frames) == 98
     expected = scipy.fft.dct(np.array(frames[::2]), norm="ortho")[:, :10]
-    found = speech.features(clip)
+    found = keywords.features(clip)
     assert (found.shape, found.dtype) == ((49, 10), np.float32)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
-    np.testing.assert_array_equal(speech.features(clip), found)  # no state is left behind
+    np.testing.assert_array_equal(keywords.features(clip), found)  # no state is left behind
 
 
 @needs_espeak
@@ -96,16 +96,16 @@ def test_synthetic_clips_are_seeded_balanced_and_cached(cache: Path) -> None:
 def test_words_are_heard_and_silence_is_not() -> None:
     rng = np.random.default_rng(0)
     for word in ("yes", "backward"):
-        sound = speech._spoken(word, speech._TEST_VARIANTS, rng)
-        assert 0.1 * speech.RATE < len(sound) < 1.5 * speech.RATE
+        sound = voices._spoken(word, voices.TEST_VARIANTS, rng)
+        assert 0.1 * keywords.RATE < len(sound) < 1.5 * keywords.RATE
         assert np.abs(sound).max() > 1000
-    assert speech._word(speech.CLASSES.index("silence"), rng) is None
-    assert speech._word(speech.CLASSES.index("unknown"), rng) in speech.OTHER_WORDS
-    assert speech._word(3, rng) == "down"
+    assert voices._word(keywords.CLASSES.index("silence"), rng) is None
+    assert voices._word(keywords.CLASSES.index("unknown"), rng) in keywords.OTHER_WORDS
+    assert voices._word(3, rng) == "down"
 
 
 def test_no_voice_is_in_both_parts() -> None:
-    assert not set(speech._TRAIN_VARIANTS) & set(speech._TEST_VARIANTS)
+    assert not set(voices.TRAIN_VARIANTS) & set(voices.TEST_VARIANTS)
 
 
 @needs_espeak
@@ -158,7 +158,7 @@ def test_recordings_follow_the_published_lists(recordings: Path) -> None:
     # Four clips of each of ten words for training, one for testing; silence and unknown as many.
     assert np.bincount(train.labels).tolist() == [4] * 12
     assert np.bincount(test.labels).tolist() == [1] * 12
-    yes = speech.features(np.pad(tone(200, 0.5), (0, speech.RATE // 2)))
+    yes = keywords.features(np.pad(tone(200, 0.5), (0, keywords.RATE // 2)))
     np.testing.assert_array_equal(test.features[test.labels == 0][0], yes)
     found = speech_synthetic(recordings)
     assert (len(found.train), len(found.test), found.n_classes) == (48, 12, 12)

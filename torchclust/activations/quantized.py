@@ -48,14 +48,20 @@ from torchclust.activations.record import (
     track_,
     untrack_,
 )
-from torchclust.activations.rounding import Rounding, _path, average_over_ranks, range_of
+from torchclust.activations.rounding import (
+    BATCHES,
+    GROUPS,
+    PLAN,
+    RANGES,
+    Range,
+    Rounding,
+    average_over_ranks,
+    range_of,
+)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-Range: TypeAlias = tuple[float, float]
 
-_RANGES, _PLAN, _BATCHES = "activation_ranges", "activation_plan", "activation_batches"
-_GROUPS = "_activation_groups"  # from a call's name to its group, and whether its range is learned
 _MARK = "_rounds_activations"
 
 
@@ -117,9 +123,9 @@ def remove_quantized_activations_(model: ModuleT) -> ModuleT:
     """Undo `quantize_activations_`: the class, buffers and hooks as they were. Idempotent."""
     for _, root in list(quantized_modules(model)):
         untrack_(root)
-        for name in (_RANGES, _PLAN, _BATCHES):
+        for name in (RANGES, PLAN, BATCHES):
             del root._buffers[name]
-        delattr(root, _GROUPS)
+        delattr(root, GROUPS)
         _restore_class(root)
     return model
 
@@ -153,12 +159,12 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def groups_of(root: nn.Module) -> tuple[Group, ...]:
     """A quantized module's plan."""
-    return _decoded(root.get_buffer(_PLAN))
+    return _decoded(root.get_buffer(PLAN))
 
 
 def ranges_of(root: nn.Module) -> list[Range]:
     """A quantized module's ranges, one per group of its plan, 0 included."""
-    ranges = root.get_buffer(_RANGES).detach().float().cpu()
+    ranges = root.get_buffer(RANGES).detach().float().cpu()
     return [(min(low, 0.0), max(high, 0.0)) for low, high in ranges.tolist()]
 
 
@@ -170,7 +176,7 @@ def match_quantized_(model: nn.Module, state: Mapping[str, Any]) -> None:
     """
     paths = {key: _path(key) for key in state}
     saved = {path: state[key] for key, path in paths.items() if path is not None}
-    present = {path: root.get_buffer(_PLAN).cpu() for path, root in quantized_modules(model)}
+    present = {path: root.get_buffer(PLAN).cpu() for path, root in quantized_modules(model)}
     if present.keys() == saved.keys() and all(
         torch.equal(present[path], encoded.cpu()) for path, encoded in saved.items()
     ):
@@ -185,7 +191,7 @@ def match_quantized_(model: nn.Module, state: Mapping[str, Any]) -> None:
     remove_quantized_activations_(model)
     for path, encoded in saved.items():
         prefix = f"{path}." if path else ""
-        ranges, batches = (state[prefix + name].detach().clone() for name in (_RANGES, _BATCHES))
+        ranges, batches = (state[prefix + name].detach().clone() for name in (RANGES, BATCHES))
         _attach(modules[path], _decoded(encoded), ranges, batches)
 
 
@@ -195,7 +201,7 @@ def kept_quantized(model: nn.Module) -> Iterator[None]:
     buffers = {
         f"{path}.{name}" if path else name: root.get_buffer(name)
         for path, root in quantized_modules(model)
-        for name in (_RANGES, _PLAN, _BATCHES)
+        for name in (RANGES, PLAN, BATCHES)
     }
     yield
     match_quantized_(model, buffers)
@@ -228,17 +234,17 @@ class FirstCalls:
             self._seen |= inside
             quantize_call_(module, args, kwargs)
             for _, root in quantized_modules(module):
-                average_over_ranks(root.get_buffer(_RANGES))
+                average_over_ranks(root.get_buffer(RANGES))
 
 
 def _attach(root: nn.Module, groups: Sequence[Group], ranges: Tensor, batches: Tensor) -> None:
     """Make a module's forward round, by a class of its own as `torch.nn.utils.parametrize` does."""
     encoded = torch.tensor(list(to_json(groups).encode("ascii")), dtype=torch.uint8)
-    root.register_buffer(_RANGES, ranges)
-    root.register_buffer(_PLAN, encoded.to(ranges.device))
-    root.register_buffer(_BATCHES, batches)
+    root.register_buffer(RANGES, ranges)
+    root.register_buffer(PLAN, encoded.to(ranges.device))
+    root.register_buffer(BATCHES, batches)
     found = {key: (i, g.fixed is None) for i, g in enumerate(groups) for key in g.quantized}
-    setattr(root, _GROUPS, found)
+    setattr(root, GROUPS, found)
     track_(root)
     base: Any = type(root)
 
@@ -281,3 +287,9 @@ def _only_child(recorded: Record) -> tuple[nn.Module, tuple[Any, ...], dict[str,
 
 def _decoded(encoded: Tensor) -> tuple[Group, ...]:
     return from_json(bytes(encoded.tolist()).decode("ascii"))
+
+
+def _path(key: str) -> str | None:
+    """The module whose plan a state dict's key holds."""
+    path, _, name = key.rpartition(".")
+    return path if name == PLAN else None

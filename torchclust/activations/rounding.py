@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_map_only
 
-from torchclust.activations.quantized import _BATCHES, _GROUPS, _PLAN, _RANGES, Range
 from torchclust.activations.record import (
     INPUT,
     Locating,
@@ -18,6 +17,9 @@ from torchclust.activations.record import (
     operator_name,
 )
 
+Range: TypeAlias = tuple[float, float]
+RANGES, PLAN, BATCHES = "activation_ranges", "activation_plan", "activation_batches"
+GROUPS = "_activation_groups"  # from a call's name to its group, and whether its range is learned
 _MOMENTUM = 0.01  # the share of each new batch, once a hundred have been averaged
 _LEAST_WIDTH = 1e-9  # of a range: LiteRT's quantizer takes no smaller one
 
@@ -28,8 +30,8 @@ class Rounding(Locating):
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
         self._root = root
-        self._groups: Mapping[str, tuple[int, bool]] = getattr(root, _GROUPS)
-        scales, zero_points = quantization(root.get_buffer(_RANGES))
+        self._groups: Mapping[str, tuple[int, bool]] = getattr(root, GROUPS)
+        scales, zero_points = quantization(root.get_buffer(RANGES))
         self._scales, self._zero_points = scales.unbind(), zero_points.unbind()
         self._calls: Counter[str] = Counter()
         self._seen: list[tuple[int, Tensor, Tensor]] = []
@@ -48,7 +50,7 @@ class Rounding(Locating):
         """Move the ranges towards this batch's."""
         if not self._seen:
             return
-        ranges, batches = self._root.get_buffer(_RANGES), self._root.get_buffer(_BATCHES)
+        ranges, batches = self._root.get_buffer(RANGES), self._root.get_buffer(BATCHES)
         merged: dict[int, tuple[Tensor, Tensor]] = {}
         for group, low, high in self._seen:
             before = merged.get(group, (low, high))
@@ -95,9 +97,3 @@ def average_over_ranks(target: Tensor) -> None:
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(target)
         target /= distributed.get_world_size()
-
-
-def _path(key: str) -> str | None:
-    """The module whose plan a state dict's key holds."""
-    path, _, name = key.rpartition(".")
-    return path if name == _PLAN else None

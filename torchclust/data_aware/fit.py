@@ -29,12 +29,7 @@ from torchclust.data_aware.compensation import Book, compensate
 from torchclust.data_aware.input_moments import InputMoments
 from torchclust.data_aware.layers import Layer, Side, inputs_of, layers_run, norms_behind, within
 from torchclust.progress import track
-from torchclust.weight.fit import fit_weight, relative_error
-from torchclust.weight.parametrization import make_clustered_weight
-
-_WIDEST = 6144  # inputs per output: a second moment of 300 MB
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from torchclust.weight.parametrization import fit_weight, make_clustered_weight, relative_error
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ class Fits:
     """What `fit_to_inputs` found.
 
     Attributes:
-        weights: by parameter name, what `torchclust.weight.fit.fit_weight` returns.
+        weights: by parameter name, what `torchclust.weight.parametrization.fit_weight` returns.
         corrected: new values of biases and of BatchNorm statistics, by name in the state dict.
     """
 

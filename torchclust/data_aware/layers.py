@@ -14,9 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchclust.data_aware.batches import Call
 from torchclust.data_aware.blocks import Block
-from torchclust.data_aware.fit import _TRANSPOSED, _WIDEST
 from torchclust.data_aware.input_moments import CONVOLUTIONS
 from torchclust.weight.config import ClusterConfig
+
+_WIDEST = 6144  # inputs per output: a second moment of 300 MB
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)

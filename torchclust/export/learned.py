@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchclust.activations.quantized import Range, groups_of, quantized_modules, ranges_of
+from torchclust.activations.quantized import groups_of, quantized_modules, ranges_of
 from torchclust.activations.record import record
+from torchclust.activations.rounding import Range
 from torchclust.export.calibration import activations
 from torchclust.export.graph import Array, Graph
 from torchclust.export.layout import Prepared, call

@@ -18,7 +18,7 @@ from torchclust.model.places import clustered_weight, join, parametrizations_of,
 from torchclust.model.slots import slots_of
 from torchclust.model.surgery import attach, make_for
 from torchclust.weight.config import ClusterConfig
-from torchclust.weight.fit import config_from_bytes
+from torchclust.weight.parametrization import config_from_bytes
 
 _CONFIG_KEY = re.compile(r"(?:(?P<path>.+)\.)?parametrizations\.(?P<name>[^.]+)\.0\.config_json")
 

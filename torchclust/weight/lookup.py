@@ -99,19 +99,19 @@ def grouped_sum(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
     if len(shape) == 1:
         flat, index = values.detach().reshape(-1), indices.reshape(-1)
         if len(flat) <= _BLOCK:
-            return torch.bincount(index, _at_least_float32(flat), shape[0]).to(values.dtype)
+            return torch.bincount(index, at_least_float32(flat), shape[0]).to(values.dtype)
 
         def add(block: slice) -> Tensor:
-            weights = _at_least_float32(flat[block])
+            weights = at_least_float32(flat[block])
             return torch.bincount(index[block], weights=weights, minlength=shape[0])
 
         sums = torch.stack(in_blocks(add, index, _BLOCK))
         return sums.sum(0, dtype=torch.float64).to(values.dtype)
     flat, index = values.detach().flatten(1), indices.flatten(1)
-    total = _at_least_float32(torch.zeros(shape, dtype=values.dtype))
+    total = at_least_float32(torch.zeros(shape, dtype=values.dtype))
 
     def add_rows(block: slice) -> None:
-        total[block].scatter_add_(1, index[block].long(), _at_least_float32(flat[block]))
+        total[block].scatter_add_(1, index[block].long(), at_least_float32(flat[block]))
 
     in_blocks(add_rows, index, _BLOCK)
     return total.to(values.dtype)
@@ -228,7 +228,7 @@ def _scatter_sum(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
     With one codebook all the atomic additions would fall on k addresses; ``_LANES`` copies of the
     table, one for each of as many neighbouring elements, keep them apart.
     """
-    wide = _at_least_float32(values)
+    wide = at_least_float32(values)
     if len(shape) == 2:
         sums = wide.new_zeros(shape).scatter_add_(1, indices.flatten(1).long(), wide.flatten(1))
         return sums.to(values.dtype)
@@ -243,7 +243,8 @@ def _scatter_sum(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
     return total.to(values.dtype)
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return the tensor in float32, or in float64 if it is that already."""
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 

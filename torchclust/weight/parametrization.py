@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from torchclust.fitting.nearest import assign, count_below_in_units
+from torchclust.weight.codebooks import fit_rows
 from torchclust.weight.config import ClusterConfig
 from torchclust.weight.evaluation_cache import EvaluationCache
-from torchclust.weight.fit import at_least_float32, config_as_bytes, fit_weight
-from torchclust.weight.lookup import Memory, grouped_sum, lookup
+from torchclust.weight.lookup import Memory, at_least_float32, grouped_sum, lookup
 
 _PARAMETERS = ("centroids", "relative_scale")
 
@@ -249,6 +249,56 @@ def make_clustered_weight(
     """The parametrization for a configuration, over tensors fitted or restored."""
     kind = FloatClusteredWeight if config.codebook_dtype == "float32" else IntegerClusteredWeight
     return kind(config, tensors, channel_dim=channel_dim, requires_grad=requires_grad)
+
+
+def config_from_bytes(encoded: Tensor) -> ClusterConfig:
+    """The configuration that a clustered state dict carries (``...0.config_json``)."""
+    return ClusterConfig.from_json(bytes(encoded.tolist()).decode("ascii"))
+
+
+def config_as_bytes(config: ClusterConfig) -> Tensor:
+    """Return a configuration as the uint8 tensor that state dicts hold."""
+    return torch.tensor(list(config.to_json().encode("ascii")), dtype=torch.uint8)
+
+
+def fit_weight(
+    weight: Tensor,
+    config: ClusterConfig,
+    *,
+    channel_dim: int = 0,
+    importance: Tensor | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Fit a weight's codebooks; pure.
+
+    Returns:
+        The tensors of a `ClusteredWeight` by name. ``original`` is what the parametrization
+        registers: the codebook with ``"fixed"``, the weight itself with ``"nearest"``.
+        ``fit_error`` is ``||weight - clustered|| / ||weight||`` as fitted, a float32 scalar.
+    """
+    rows = weight.detach().transpose(0, channel_dim)
+    weights = None if importance is None else importance.detach().transpose(0, channel_dim)
+    trained, indices, tensors = fit_rows(rows, config, weights, seed)
+    if config.assignment == "fixed":
+        tensors |= {"original": trained, "indices": indices.transpose(0, channel_dim).contiguous()}
+    else:
+        tensors |= {"original": weight.detach().clone(), "centroids": trained}
+        if config.preserve_sparsity:
+            tensors["sparsity_mask"] = weight.detach() == 0
+    with torch.no_grad():
+        fitted = make_clustered_weight(config, tensors, channel_dim=channel_dim)
+        clustered = fitted.value(tensors["original"])
+    return tensors | {"fit_error": relative_error(weight.detach(), clustered)}
+
+
+def relative_error(weight: Tensor, clustered: Tensor) -> Tensor:
+    """``||weight - clustered|| / ||weight||``, a float32 scalar that no magnitude overflows."""
+    largest = weight.abs().max().clamp_min(torch.finfo(weight.dtype).tiny)  # squares overflow
+    norm: Tensor = torch.linalg.vector_norm(weight / largest, dtype=torch.float64)
+    error: Tensor = torch.linalg.vector_norm(
+        clustered / largest - weight / largest, dtype=torch.float64
+    )
+    return torch.div(error, norm.clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
 def mirrored(codes: Tensor) -> Tensor:

@@ -10,43 +10,19 @@ from torch import Tensor
 from torchclust.fitting.codebook import Codebook, fit_codebook
 from torchclust.fitting.integer_codebook import fit_integer_codebook
 from torchclust.weight.config import ClusterConfig
-from torchclust.weight.parametrization import make_clustered_weight
 
 
-def config_from_bytes(encoded: Tensor) -> ClusterConfig:
-    """The configuration that a clustered state dict carries (``...0.config_json``)."""
-    return ClusterConfig.from_json(bytes(encoded.tolist()).decode("ascii"))
-
-
-def fit_weight(
-    weight: Tensor,
-    config: ClusterConfig,
-    *,
-    channel_dim: int = 0,
-    importance: Tensor | None = None,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Fit a weight's codebooks; pure.
+def fit_rows(
+    rows: Tensor, config: ClusterConfig, importance: Tensor | None, seed: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Fit the codebooks of a weight whose output channels are its rows; pure.
 
     Returns:
-        The tensors of a `ClusteredWeight` by name. ``original`` is what the parametrization
-        registers: the codebook with ``"fixed"``, the weight itself with ``"nearest"``.
-        ``fit_error`` is ``||weight - clustered|| / ||weight||`` as fitted, a float32 scalar.
+        What trains (centroids, or the positive codes' magnitudes), the indices, and the other
+        tensors of the lookup by name.
     """
-    rows = weight.detach().transpose(0, channel_dim)
-    weights = None if importance is None else importance.detach().transpose(0, channel_dim)
     fit = _fit_float if config.codebook_dtype == "float32" else _fit_integer
-    trained, indices, tensors = fit(rows, config, weights, seed)
-    if config.assignment == "fixed":
-        tensors |= {"original": trained, "indices": indices.transpose(0, channel_dim).contiguous()}
-    else:
-        tensors |= {"original": weight.detach().clone(), "centroids": trained}
-        if config.preserve_sparsity:
-            tensors["sparsity_mask"] = weight.detach() == 0
-    with torch.no_grad():
-        fitted = make_clustered_weight(config, tensors, channel_dim=channel_dim)
-        clustered = fitted.value(tensors["original"])
-    return tensors | {"fit_error": relative_error(weight.detach(), clustered)}
+    return fit(rows, config, importance, seed)
 
 
 def _fit_float(
@@ -104,23 +80,3 @@ def _stack_padded(centroids: Sequence[Tensor]) -> Tensor:
     """One row a codebook; a shorter one repeats its last centroid, which no index refers to."""
     width = max(len(c) for c in centroids)
     return torch.stack([torch.cat([c, c[-1:].expand(width - len(c))]) for c in centroids])
-
-
-def relative_error(weight: Tensor, clustered: Tensor) -> Tensor:
-    """``||weight - clustered|| / ||weight||``, a float32 scalar that no magnitude overflows."""
-    largest = weight.abs().max().clamp_min(torch.finfo(weight.dtype).tiny)  # squares overflow
-    norm: Tensor = torch.linalg.vector_norm(weight / largest, dtype=torch.float64)
-    error: Tensor = torch.linalg.vector_norm(
-        clustered / largest - weight / largest, dtype=torch.float64
-    )
-    return torch.div(error, norm.clamp_min(torch.finfo(torch.float64).tiny)).float()
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32, or in float64 if it is that already."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def config_as_bytes(config: ClusterConfig) -> Tensor:
-    """Return a configuration as the uint8 tensor that state dicts hold."""
-    return torch.tensor(list(config.to_json().encode("ascii")), dtype=torch.uint8)

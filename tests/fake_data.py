@@ -1,0 +1,29 @@
+"""Data for tests: noise in the place of a data set, and files in the IDX format."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from torchclust.recipes.schema import DataSection
+from torchclust.zoo.dataset import Data, ImageArrays
+
+
+def fake_data(section: DataSection, count: int = 40) -> Data:
+    """Noise in the shape of the data set that a recipe names."""
+    shapes = {"mnist5k": (1, 28, 28), "fashion_mnist": (1, 28, 28)}
+    if section.name == "speech_synthetic":
+        shapes, count = {section.name: (1, 49, 10)}, 12
+    size = section.image_size or 224
+    shape = shapes.get(section.name, (3, size, size))
+    images = np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
+    part = ImageArrays(images, np.arange(count) % 10)
+    return Data(part, part, shape, 10)
+
+
+def write_idx(file: Path, array: np.ndarray, *, zipped: bool = False) -> None:
+    """Write `array` of uint8 as an IDX file."""
+    raw = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    raw += array.astype(np.uint8).tobytes()
+    file.write_bytes(gzip.compress(raw) if zipped else raw)
