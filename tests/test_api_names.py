@@ -61,6 +61,11 @@ ATTRIBUTES = {
 }  # fmt: skip
 COMMANDS = {"run", "check", "report", "export", "vela"}
 
+# What the page promises and nobody has built yet; a line goes when its name arrives.
+PENDING_NAMES = {"tflm", "to_pte", "verify_compiled", "board_kit", "TFLMReport", "PTEExport"}
+PENDING_COMMANDS = {"kit", "new"}
+PENDING_PARAMETERS = ("rate=0.0, ",)
+
 BEYOND_NAMES = {
     "torchclust": {},
     "torchclust.lightning": {
@@ -168,9 +173,17 @@ def test_commands_are_the_contract_s() -> None:
 page = pytest.mark.skipif(not PAGE.exists(), reason="the contract comes with development checkouts")
 
 
+def page_text() -> str:
+    text = PAGE.read_text()
+    for parameter in PENDING_PARAMETERS:
+        assert parameter in text
+        text = text.replace(parameter, "")
+    return text
+
+
 @page
 def test_what_stands_here_is_what_the_page_says() -> None:
-    text = re.sub(r"\s+", " ", PAGE.read_text())
+    text = re.sub(r"\s+", " ", page_text())
     for module in SIGNATURES:
         for line in re.findall(r"\w+\(.*?\)", re.sub(r"\s+", " ", SIGNATURES[module])):
             assert line in text, line
@@ -181,13 +194,22 @@ def test_what_stands_here_is_what_the_page_says() -> None:
 
 @page
 def test_what_the_page_says_stands_here() -> None:
-    text = PAGE.read_text()
+    text = page_text()
     known = {name for module in SIGNATURES for name in contract(module)}
     called = re.findall(r"^(?:\| `|```python\n)(\w+)\(", text, re.MULTILINE)
     headed = re.findall(r"`torchclust\.(?:lightning\.|export\.)?(\w+)`", text)
-    assert {*called, *headed} - {"export", "lightning"} == known
+    assert {*called, *headed} - {"export", "lightning"} - PENDING_NAMES == known
     classes = {name for names in CLASSES.values() for name in names}
     capitalised = set(re.findall(r"`([A-Z][a-z]*[A-Z]\w+|Codebook|Summary|Clustering)`", text))
     foreign = {"TypeError", "ValueError"}
-    assert capitalised - foreign == classes - {"WeightClustering"}
-    assert set(re.findall(r"`torchclust (\w+)", text)) == COMMANDS
+    assert capitalised - foreign - PENDING_NAMES == classes - {"WeightClustering"}
+    assert set(re.findall(r"`torchclust (\w+)", text)) - PENDING_COMMANDS == COMMANDS | set(
+        BEYOND_COMMANDS
+    )
+
+
+@page
+def test_what_is_pending_is_not_there_yet() -> None:
+    assert PENDING_NAMES.isdisjoint(dir(torchclust.export))
+    assert PENDING_NAMES <= set(re.findall(r"\w+", PAGE.read_text()))
+    assert PENDING_COMMANDS.isdisjoint(COMMANDS | set(BEYOND_COMMANDS))
