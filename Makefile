@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test coverage install
+.PHONY: demo test quick coverage install
 
 demo: .venv/installed
 	$(BIN)/torchclust run recipes/mnist_cnn.yaml --output runs/mnist_cnn --overwrite
@@ -11,8 +11,17 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+
+# For the inner loop: the same checks, and the tests that are quick.
+quick: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --quiet -m "not slow"
 
 # The same tests, slower, and a failure below 95 % of the package's lines and branches.
 coverage: .venv/installed

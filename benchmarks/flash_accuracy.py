@@ -32,8 +32,7 @@ from torchclust.export import to_tflite, vela
 from torchclust.lightning import WeightClustering
 from torchclust.recipes.artifacts import tflite_accuracy
 from torchclust.recipes.training import accuracy, fit
-from torchclust.zoo.data import fashion_mnist
-from torchclust.zoo.dataset import Data, loader, samples
+from torchclust.zoo import Data, fashion_mnist, loader, samples
 
 FOLDER = Path("runs/flash_accuracy")
 RESULTS = Path(__file__).parent / "results" / "flash_accuracy.jsonl"

@@ -30,8 +30,7 @@ from torchclust.recipes.load import parse_recipe
 from torchclust.recipes.prepare import clustered_copy
 from torchclust.recipes.schema import ClusterSection, Recipe, Schedule
 from torchclust.recipes.training import accuracy, fit
-from torchclust.zoo.data import fashion_mnist
-from torchclust.zoo.dataset import Data, loader, samples
+from torchclust.zoo import Data, fashion_mnist, loader, samples
 
 ROOT = Path(__file__).parent.parent
 FLASH_ACCURACY = ROOT / "runs" / "flash_accuracy"

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 
 import torchclust
 from torchclust.recipes.training import accuracy
-from torchclust.zoo import Residual, mobilenet_v2, resnet8
-from torchclust.zoo.data import fashion_mnist
-from torchclust.zoo.dataset import Data, loader, samples
+from torchclust.zoo import Data, fashion_mnist, loader, mobilenet_v2, resnet8, samples
+from torchclust.zoo.networks import Residual
 
 FOLDER = Path("runs/post_training")
 IMAGES = 512

@@ -17,9 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import torchclust
-from torchclust.zoo import seed_cnn
-from torchclust.zoo.data import mnist5k
-from torchclust.zoo.dataset import loader
+from torchclust.zoo import loader, mnist5k, seed_cnn
 
 PICTURE = Path(__file__).parent / "idea.png"
 SIDE = 6  # weights a side of the part that is shown

@@ -15,8 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from torchclust.recipes.schema import Recipe
-from torchclust.zoo import MODELS
-from torchclust.zoo.data import DATASETS
+from torchclust.zoo import DATASETS, MODELS
 
 PAGE = Path(__file__).parent / "recipes.md"
 WORDS = {"boolean": "`true`, `false`", "object": "mapping", "string": "text"}

@@ -211,5 +211,5 @@ def test_what_the_page_says_stands_here() -> None:
 @page
 def test_what_is_pending_is_not_there_yet() -> None:
     assert PENDING_NAMES.isdisjoint(dir(torchclust.export))
-    assert PENDING_NAMES <= set(re.findall(r"\w+", PAGE.read_text()))
+    assert set(re.findall(r"\w+", PAGE.read_text())) >= PENDING_NAMES
     assert PENDING_COMMANDS.isdisjoint(COMMANDS | set(BEYOND_COMMANDS))

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "*.egg-info", "__pycache__", "build", "dist", "runs", "lightning_logs", "checkpoints"
 )
-OUTSIDE = ("test_rules.py", "test_lookup.py", "test_packed_coding.py")
+OUTSIDE = ("model/test_rules.py", "weight/test_lookup.py", "packing/test_coding.py")
 EXTRAS = {
     "lightning": ("pytorch_lightning", "lightning", "torchmetrics"),
     "export": ("litert_torch", "ai_edge_litert", "ai_edge_quantizer", "litert_quantizer",
@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_package_alone(built: dict[str, Path]) -> None:
         (metadata,) = (name for name in names if name.endswith("/METADATA"))
         header = Parser().parsestr(wheel.read(metadata).decode())
         (entry,) = (name for name in names if name.endswith("/entry_points.txt"))
-        assert "torchclust = torchclust.cli.parser:main" in wheel.read(entry).decode()
+        assert "torchclust = torchclust.cli:main" in wheel.read(entry).decode()
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "torchclust").rglob("*.py")}
     package = {name for name in names if ".dist-info/" not in name}
     assert package == modules | {"torchclust/py.typed"}

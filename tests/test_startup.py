@@ -77,4 +77,4 @@ def test_dir_and_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="module 'torchclust' has no attribute 'clutser_'"):
         _ = torchclust.clutser_
     assert torchclust.export.to_tflite.__module__ == "torchclust.export.tflite"
-    assert torchclust.lightning.WeightClustering.__module__ == "torchclust.lightning"
+    assert torchclust.lightning.WeightClustering.__module__ == "torchclust.lightning.callback"

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import torchclust
-from torchclust.zoo import seed_cnn
-from torchclust.zoo.data import mnist5k
-from torchclust.zoo.dataset import Batch, loader
+from torchclust.zoo import loader, mnist5k, seed_cnn
+from torchclust.zoo.dataset import Batch
 
 
 class Digits(LightningDataModule):

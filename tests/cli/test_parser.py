@@ -246,7 +246,8 @@ def test_report_refuses_what_holds_no_tensors(tmp_path: Path, capsys) -> None:
 
 def test_missing_package_names_the_install(recipe: str, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "yaml", None)
-    monkeypatch.delitem(sys.modules, "torchclust.recipes.schema")
+    for module in ("schema", "load"):
+        monkeypatch.delitem(sys.modules, f"torchclust.recipes.{module}", raising=False)
     for command, extra in (("check", "recipes"), ("run", "all")):
         assert cli.main([command, recipe]) == 2
         assert capsys.readouterr().err == (

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import torchclust
 from torchclust.data_aware.batches import Call
 from torchclust.data_aware.blocks import find_blocks
-from torchclust.distillation import distill as distillation
+from torchclust.distillation import steps
 from torchclust.recipes import kept, prepare, stages
 from torchclust.recipes.load import parse_recipe
 from torchclust.zoo.networks import Residual
@@ -108,7 +108,7 @@ def test_an_interrupted_call_goes_on(
     kill: int, assignment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed at a step of any stage, then called again in a new model: bit-equal to one call."""
-    monkeypatch.setattr(distillation, "_SAVED_EVERY", 2)
+    monkeypatch.setattr(steps, "_SAVED_EVERY", 2)
     file = tmp_path / "state.pt"
 
     def fresh() -> tuple[nn.Module, nn.Module]:
@@ -295,7 +295,7 @@ def test_recipes_without_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return call
 
     monkeypatch.setattr(stages, "fit", counted("fit", stages.fit))
-    monkeypatch.setattr(torchclust, "distill_", counted("distill_", torchclust.distill_))
+    monkeypatch.setattr(stages, "distill_", counted("distill_", stages.distill_))
     for _ in range(2):  # the second time every stage is read back
         found = stages.train_networks(prepared, kept.Stages(tmp_path, progress=False))
         assert calls_of == {"fit": 1, "distill_": 1}  # without labels the control is the model

@@ -1,4 +1,8 @@
-"""Which weights matter: the empirical Fisher information's diagonal, and tensors tried in turn."""
+"""Which weights matter: the empirical Fisher information's diagonal, and tensors tried in turn.
+
+In: a model, batches, a loss. The weights that a forward really reads (`live_weights`) collect
+squared gradients; or each tensor is clustered alone. Out: importances, or curves for `knapsack`.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,9 @@ float model's block gives. So each stage sees all errors made so far, needs a fr
 in memory, and learns from every element of an activation rather than from a label per image, which
 is why some hundred images are enough. Then all blocks together, on the model's outputs.
 
+In: a clustered model, its float teacher, inputs. `data_aware.blocks` cuts both into blocks,
+`tasks` says what each has to match, `steps` trains it. Out: the same model, recovered.
+
 BatchNorm runs on its stored statistics, as in deployment. Before a block is trained its statistics
 are matched to the float side's on the same images, if that lowers the block's error.
 """
@@ -77,12 +80,12 @@ def distill_(
             or of another architecture, inputs that cannot be used, another call's checkpoint.
 
     Example:
-        >>> import copy, torchclust
+        >>> import copy, torch, torchclust
         >>> linear = torch.nn.Linear
         >>> model = torch.nn.Sequential(linear(8, 32), torch.nn.ReLU(), linear(32, 4))
         >>> teacher, inputs = copy.deepcopy(model), torch.randn(64, 8)
         >>> model = torchclust.cluster_(model, 4, assignment="nearest", inputs=inputs)
-        >>> model = distill_(model, teacher, inputs, steps=5)
+        >>> model = torchclust.distill_(model, teacher, inputs, steps=5)
     """
     _check(model, teacher, steps, lr)
     found = calls(model, batches)

@@ -1,4 +1,8 @@
-"""Reading a .tflite file back: what its weights hold, which operators it has, what it takes."""
+"""Reading a .tflite file back: what its weights hold, which operators it has, what it takes.
+
+In: any .tflite file. `graph` reads it into immutable values, of which every weight, operator and
+port is counted here. Out: an `Inspection`; nothing is run.
+"""
 
 from __future__ import annotations
 

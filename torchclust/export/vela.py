@@ -1,5 +1,6 @@
 """Compiling a .tflite file for an Ethos-U with Arm's Vela, and reading its figures.
 
+In: an int8 .tflite file and a chip. Out: the compiled file, and a `VelaReport` of Vela's figures.
 Vela is a program of its own; it runs as a subprocess of the same Python environment, in a folder of
 its own, and what it wrote moves to the output folder when it succeeded. It exits with 0 when it
 leaves operators to the CPU, and prints which.

@@ -1,5 +1,6 @@
 """`WeightClustering`: clusters a LightningModule while its Trainer fits it.
 
+In: a Trainer and its module. Out: the same module, clustered, trained, and plain again.
 The callback decides *when*; the work is in `torchclust.model`, `optimizers`, `freezing`, `monitor`.
 The moments follow from how Lightning starts a run: ``setup`` comes before the optimizers are built,
 so a model clustered there hands its codebooks to ``configure_optimizers`` by itself;

@@ -26,6 +26,7 @@ class Clustering:
         tensor_name: its attribute there, for example ``"weight"``.
 
     Example:
+        >>> from torchclust import cluster_, named_clusterings
         >>> model = cluster_(torch.nn.Linear(64, 64), 4, codebook_dtype="int8")
         >>> ((name, clustering),) = named_clusterings(model)
         >>> name, clustering.n_clusters, clustering.indices.shape, clustering.scale.shape
@@ -114,6 +115,7 @@ def named_clusterings(model: nn.Module) -> Iterator[tuple[str, Clustering]]:
     """Iterate over ``(parameter_name, Clustering)``; a tied tensor comes once, first name.
 
     Example:
+        >>> from torchclust import cluster_, named_clusterings
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
         >>> [name for name, _ in named_clusterings(cluster_(model, {"1.weight": 4}))]
         ['1.weight']
@@ -130,6 +132,7 @@ def is_clustered(module: nn.Module, tensor_name: str | None = None) -> bool:
     """Whether a module's tensor is clustered; without a name, whether any tensor in it is.
 
     Example:
+        >>> from torchclust import cluster_, is_clustered
         >>> layer = cluster_(torch.nn.Linear(8, 8), 4)
         >>> is_clustered(layer), is_clustered(layer, "weight"), is_clustered(layer, "bias")
         (True, True, False)

@@ -39,6 +39,8 @@ def restore_(model: ModuleT, state_dict: Mapping[str, Any]) -> ModuleT:
         RuntimeError: from ``load_state_dict``, if other tensors do not fit.
 
     Example:
+        >>> import torch
+        >>> from torchclust import cluster_, is_clustered, restore_
         >>> saved = cluster_(torch.nn.Linear(8, 8), 4).state_dict()
         >>> restored = restore_(torch.nn.Linear(8, 8), saved)
         >>> is_clustered(restored, "weight")

@@ -1,4 +1,8 @@
-"""What a model's clusterings amount to: a table for the terminal, a dict, and a plot."""
+"""What a model's clusterings amount to: a table for the terminal, a dict, and a plot.
+
+In: a model, clustered or not. `slots` says of every tensor how it is clustered or why it is not,
+`clustering` what it holds now. Out: a `Summary` of rows, from which all three are drawn.
+"""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ tensor coded in the way that makes it smallest. So the file of a clustered model
 stripped model are the same, and it depends on nothing that training keeps (latent weights,
 configurations); `torchclust.restore_` and a checkpoint are for going on with training.
 
-The format is specified byte by byte in ``docs/packed-format.md``. Its parts live in
-`packed_sections` (checksums), `packed_record` (headers), `packed_coding` and `packed_entropy` (a
-tensor's bits to bytes), `packed_search` (which coding); here models meet files.
+In: a model. `tensors` says what is stored and what is known of it, `search` chooses how, `coding`
+and `entropy` make bytes of it, `record` and `sections` (checksums) the file. Out: a file; and back.
+The format is specified byte by byte in ``docs/packed-format.md``.
 """
 
 from __future__ import annotations

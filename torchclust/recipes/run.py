@@ -1,5 +1,8 @@
 """Run a recipe from beginning to end: networks, files, compiler, report.
 
+In: a recipe. `prepare` makes data and model of it, `stages` the networks, `artifacts` their files,
+`report` and `plot` what is said of them. Out: a folder, and the content of its report.json.
+
 Everything that can be wrong with the recipe is found before the output folder is touched. After
 that each stage leaves a whole result or none (`torchclust.recipes.kept`), so a run that was
 interrupted is continued by the same call with ``resume=True``.

@@ -1,8 +1,9 @@
 """The networks and data sets that recipes name, and their parts for one's own scripts."""
 
+from torchclust.zoo.data import DATASETS, fashion_mnist, image_folder, mnist5k, speech_synthetic
+from torchclust.zoo.dataset import Data, DataError, ImageArrays, loader, samples
 from torchclust.zoo.networks import (
     MODELS,
-    Residual,
     arm_mlp,
     ds_cnn_l,
     lenet_5,
@@ -15,15 +16,24 @@ from torchclust.zoo.networks import (
 )
 
 __all__ = [
+    "DATASETS",
     "MODELS",
-    "Residual",
+    "Data",
+    "DataError",
+    "ImageArrays",
     "arm_mlp",
     "ds_cnn_l",
+    "fashion_mnist",
+    "image_folder",
     "lenet_5",
     "lenet_300_100",
+    "loader",
+    "mnist5k",
     "mnist_convnet",
     "mobilenet_v1",
     "mobilenet_v2",
     "resnet8",
+    "samples",
     "seed_cnn",
+    "speech_synthetic",
 ]
