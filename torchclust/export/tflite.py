@@ -1,10 +1,11 @@
 """Writing a clustered model as a full-int8 TFLite file whose weights keep their codes.
 
-In: a model, example inputs, calibration data. The route: a stripped float32 copy, channels last (`layout`); litert-torch makes a float file of it,
-BatchNorm folded; every clustered parameter is found again in it by value (`clustered`, `codes`);
-the quantizer is told each weight's scale instead of guessing it from minimum and maximum
-(`quantize`); the result is read back and compared with what was trained (`verify`) before it gets
-its name. Out: the file, and a `TFLiteExport` that says what is in it.
+In: a model, example inputs, calibration data. The route: a stripped float32 copy, channels last
+(`layout`); litert-torch makes a float file of it, BatchNorm folded; every clustered parameter is
+found again in it by value (`clustered`, `codes`); the quantizer is told each weight's scale instead
+of guessing it from minimum and maximum (`quantize`); the result is read back and compared with what
+was trained (`verify`) before it gets its name. Out: the file, and a `TFLiteExport` that says what
+is in it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Fit one codebook: k shared values for many weights (Deep Compression, section 3, Eq. 2).
 
 In: arrays; nothing here knows about modules. `arguments` sorts the values once, `partition` or
-`seeding` read prefix sums of them (`moments`), `nearest` assigns. Out: a `Codebook` of tensors. A fit is not a training step: it runs on the CPU, and its results return to the device
-of the input.
+`seeding` read prefix sums of them (`moments`), `nearest` assigns. Out: a `Codebook` of tensors. A
+fit is not a training step: it runs on the CPU, and its results return to the device of the input.
 """
 
 from __future__ import annotations
