@@ -332,7 +332,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None
     """A real process, a real SIGINT in the middle of the second training, then --resume."""
     import numpy as np
 
-    for part, count in (("train", 2000), ("t10k", 20)):
+    for part, count in (("train", 400), ("t10k", 20)):
         write_idx(tmp_path / f"{part}-images-idx3-ubyte", np.zeros((count, 28, 28)))
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte", np.arange(count) % 10)
     text = RECIPE.replace("mnist5k", "fashion_mnist").replace("batch_size: 8", "batch_size: 2")

@@ -409,30 +409,34 @@ def test_state_dict_round_trips(mode: dict[str, Any], via: str, tmp_path: Path) 
     assert torch.equal(again.eval()(images()), model(images()))
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-def test_a_new_process_continues_bit_for_bit(mode: dict[str, Any], tmp_path: Path) -> None:
+def test_a_new_process_continues_bit_for_bit(tmp_path: Path) -> None:
     """Clustered, trained, saved; restored elsewhere, trained on: equal to training straight on."""
-    model = cluster_(net(), 8, **mode)
-    optimizer = train(model)
-    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "state.pt")
-    train(model, 2, optimizer)
+    models = {}
+    for number, mode in enumerate(MODES):
+        models[number] = model = cluster_(net(), 8, **mode)
+        optimizer = train(model)
+        torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / f"{number}.pt")
+        train(model, 2, optimizer)
     script = f"""
 import sys, torch
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from small_net import net, train
 from torchclust import restore_
-state, of_optimizer = torch.load({str(tmp_path / "state.pt")!r})
-model = restore_(net(), state)
-optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-optimizer.load_state_dict(of_optimizer)
-train(model, 2, optimizer)
-torch.save(model.state_dict(), {str(tmp_path / "continued.pt")!r})
+for number in range({len(MODES)}):
+    file = f"{tmp_path}/{{number}}.pt"
+    state, of_optimizer = torch.load(file)
+    model = restore_(net(), state)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    optimizer.load_state_dict(of_optimizer)
+    train(model, 2, optimizer)
+    torch.save(model.state_dict(), file)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
-    continued = torch.load(tmp_path / "continued.pt")
-    assert continued.keys() == model.state_dict().keys()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(continued[name], tensor), name
+    for number, model in models.items():
+        continued = torch.load(tmp_path / f"{number}.pt")
+        assert continued.keys() == model.state_dict().keys()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(continued[name], tensor), (MODES[number], name)
 
 
 def test_restore_says_what_is_missing() -> None:

@@ -207,11 +207,11 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
 
 @pytest.mark.slow
 def test_fuzz() -> None:
-    """100,000 damaged files: all are refused."""
+    """20,000 damaged files: all are refused."""
     content, model = VECTOR.read_bytes(), blank()
     before, chance = values(model), random.Random(0)
     different = 0
-    while different < 100_000:
+    while different < 20_000:
         damaged = mutated(content, chance)
         if damaged != content:
             different += 1
@@ -257,7 +257,7 @@ def test_fuzz_with_checksums_that_hold() -> None:
     model = blank()
     load(assemble(parts), model)
     outcomes = {"loaded": 0, "damaged": 0, "misfit": 0}
-    for _ in range(5_000):
+    for _ in range(2_500):
         which = chance.randrange(len(parts))
         changed = [*parts[:which], mutated(parts[which] or b"\0", chance), *parts[which + 1 :]]
         before = values(model)

@@ -376,7 +376,8 @@ def check_contract(report: dict) -> None:
 def test_the_demo_end_to_end_on_real_digits(tmp_path: Path, monkeypatch, batch_norm: bool) -> None:
     """recipes/mnist_cnn.yaml with fewer epochs: everything the demo promises, in its report."""
     monkeypatch.undo()
-    settings = ["train.epochs=3", "finetune.epochs=1", "export.calibration_samples=50"]
+    epochs = 1 if batch_norm else 3  # what reaches 85 %
+    settings = [f"train.epochs={epochs}", "finetune.epochs=1", "export.calibration_samples=50"]
     norm = f"model.batch_norm={str(batch_norm).lower()}"
     recipe = load_recipe(RECIPES / "mnist_cnn.yaml", [*settings, norm])
     report = run_recipe(recipe, tmp_path, progress=False)
