@@ -14,8 +14,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torchclust.export import rewrites
 from torchclust.export.backends import ExportError, first_line, quietly
+from torchclust.export.rewrites import rewrite
+from torchclust.export.rewrites.traced import Traced, operator
 from torchclust.model.cluster import strip_
 
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -29,20 +30,22 @@ class Deployed(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, keys: tuple[str, ...] | None, moved: tuple[bool, ...], last: bool
+        self, traced: Traced, keys: tuple[str, ...] | None, moved: tuple[bool, ...], last: bool
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model = traced.model
+        self.constants = traced.constants
+        self.traced = traced
         self.keys = keys
         self.moved = moved
         self.last = last
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run the model on inputs in the file's layout."""
+        """Run the model, substitutes in place, on inputs in the file's layout."""
         args = [
             channels_first(x) if moved else x for x, moved in zip(inputs, self.moved, strict=True)
         ]
-        outputs = call(self.model, self.keys, args)
+        outputs = self.traced.run(args)
         return tuple(channels_last(y) if self.last and y.ndim == 4 else y for y in outputs)
 
 
@@ -98,14 +101,11 @@ def prepare(model: nn.Module, example: Inputs, *, last: bool, float_file: bool =
     program = _trace(plain, keys, args)
     names = tuple(str(name) for name in program.graph_signature.user_inputs)
     moved = tuple(last and _is_map(program, n, x) for n, x in zip(names, args, strict=True))
-    changed = copy.deepcopy(plain)
-    columns = rewrites.permute_flattened(changed, program, dict(zip(names, moved, strict=True)))
-    rewrites.fold_batch_norm(changed, program)
-    if float_file:
-        rewrites.keep_shared_values(changed, program)
-    module = Deployed(changed, keys, moved, last).eval()
+    traced = Traced(plain, program, dict(zip(names, moved, strict=True)))
+    rewrite(traced, float_file=float_file)
+    module = Deployed(traced, keys, moved, last).eval()
     example_inputs = tuple(channels_last(x) if m else x for x, m in zip(args, moved, strict=True))
-    return Prepared(module, example_inputs, plain, columns, _used(program))
+    return Prepared(module, example_inputs, plain, traced.columns, _used(program))
 
 
 def named_inputs(inputs: Inputs) -> tuple[tuple[str, ...] | None, tuple[Tensor, ...]]:
@@ -164,7 +164,6 @@ def module_of(tensor_name: str, root: nn.Module) -> str | None:
                 break
             path.append(child)
             module = getattr(module, child)
-        path = [p for p in path if p != "linear" or not isinstance(module, nn.Linear)]
         if len(path) > 1:
             return ".".join(path[1:])
     return None
@@ -213,7 +212,7 @@ def _is_map(program: torch.export.ExportedProgram, name: str, x: Tensor) -> bool
     if x.ndim != 3:
         return x.ndim > 3
     users = [u for node in program.graph.nodes if node.name == name for u in node.users]
-    return any("1d" in rewrites.operator(u) or "batch_norm" in rewrites.operator(u) for u in users)
+    return any("1d" in operator(u) or "batch_norm" in operator(u) for u in users)
 
 
 def _used(program: torch.export.ExportedProgram) -> frozenset[str]:

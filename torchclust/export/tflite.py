@@ -31,6 +31,7 @@ from torchclust.export.inspect import Port, count_operators, float_operators, po
 from torchclust.export.learned import find_learned
 from torchclust.export.pointwise import convolutions_for_linears
 from torchclust.export.quantize import quantize
+from torchclust.export.transposes import without_transposes
 from torchclust.export.verify import Agreement, Comparison, TensorRow, check_codes
 from torchclust.progress import track
 
@@ -126,9 +127,8 @@ def to_tflite(
     _check_arguments(Path(path), calibration, float, ranges)
     prepared = layout.prepare(model, example_inputs, last=channels_last, float_file=float)
     samples = _samples(calibration, prepared)
-    content = bytearray(
-        _convert(prepared) if float else convolutions_for_linears(_convert(prepared))
-    )
+    converted = without_transposes(_convert(prepared))
+    content = bytearray(converted if float else convolutions_for_linears(converted))
     graph = read_graph(content)
     placed = find_clustered(graph, trained_codes(model, prepared), prepared.used)
     comparison = Comparison(prepared, graph)

@@ -1,0 +1,94 @@
+"""BatchNorms that the converter does not fold, or must not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from torchclust.export.rewrites.traced import (
+    Substitute,
+    Traced,
+    arguments,
+    identity,
+    operator,
+    source,
+)
+
+_Statistics: TypeAlias = tuple[Tensor, Tensor, float, Tensor | None, Tensor | None]
+_MOST_SHARED = 256  # values in a tensor, the most clusters there can be
+_UNFOLDED = ("conv1d", "conv_transpose1d", "conv_transpose2d")
+
+
+def fold_batch_norm(traced: Traced) -> None:
+    """Fold BatchNorms into 1-D and transposed convolutions where nothing else reads those.
+
+    The converter folds into 2-D convolutions only: not into a 1-D one, which it makes a 2-D one,
+    and into a transposed one with a bias of a shape that the quantizer spoils.
+    """
+    for conv, norm in _norms_behind(traced, _UNFOLDED):
+        transposed = "transpose" in operator(conv)
+        if transposed and arguments(conv)["groups"] != 1:
+            continue
+        weight, bias = traced.value(conv.args[1]), traced.value(arguments(conv)["bias"])
+        assert weight is not None
+        folded = fuse_conv_bn_weights(
+            weight, bias, *_statistics(traced, norm), transpose=transposed
+        )
+        traced.substitutes[conv] = _with_parameters(traced, conv, *folded)
+        traced.substitutes[norm] = identity
+
+
+def keep_shared_values(traced: Traced) -> None:
+    """Make a BatchNorm behind a convolution of shared values a depthwise 1x1 convolution.
+
+    Folded, it would give every output channel values of its own, and a zip archive would find
+    little that repeats: 8 bits a weight instead of 5, with 32 values. An int8 file needs none of
+    this, because there the factors go into the channels' scales.
+    """
+    for conv, norm in _norms_behind(traced, ("conv2d", "convolution")):
+        weight = traced.value(conv.args[1])
+        if weight is not None and _shares_values(weight):
+            ones = weight.new_ones(len(weight), 1, 1, 1)
+            scale, shift = fuse_conv_bn_weights(ones, None, *_statistics(traced, norm))
+            traced.substitutes[norm] = depthwise(traced, scale, shift)
+
+
+def depthwise(traced: Traced, scale: Tensor, shift: Tensor) -> Substitute:
+    """A function of a map: a factor and an addend per channel, as a depthwise 1x1 convolution."""
+    weight, bias = traced.constant(scale.reshape(-1, 1, 1, 1)), traced.constant(shift)
+    return lambda x, *_: nn.functional.conv2d(x, weight(), bias(), groups=x.shape[1])
+
+
+def _with_parameters(traced: Traced, conv: fx.Node, weight: Tensor, bias: Tensor) -> Substitute:
+    """The same convolution with other parameters."""
+    new_weight, new_bias, target = traced.constant(weight), traced.constant(bias), conv.target
+    rest = conv.args[3:]
+    assert callable(target)
+    return lambda x, *_, **kwargs: target(x, new_weight(), new_bias(), *rest, **kwargs)
+
+
+def _norms_behind(traced: Traced, convolutions: Sequence[str]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """A convolution of constant weight, and the BatchNorm that alone reads it."""
+    for norm in traced.nodes:
+        conv = source(norm)
+        if operator(norm) != "batch_norm" or conv is None or len(conv.users) > 1:
+            continue
+        if operator(conv) in convolutions and traced.value(conv.args[1]) is not None:
+            yield conv, norm
+
+
+def _statistics(traced: Traced, norm: fx.Node) -> _Statistics:
+    """Mean, variance, eps, weight and bias of a BatchNorm."""
+    given = arguments(norm)
+    mean, variance = traced.value(given["running_mean"]), traced.value(given["running_var"])
+    assert mean is not None
+    assert variance is not None
+    return mean, variance, given["eps"], traced.value(given["weight"]), traced.value(given["bias"])
+
+
+def _shares_values(weight: Tensor) -> bool:
+    """Whether few values make up a tensor, so that it was clustered, with one codebook for all."""
+    return len(weight.unique()) <= min(_MOST_SHARED, weight.numel() // 4)

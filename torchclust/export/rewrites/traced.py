@@ -1,0 +1,202 @@
+"""A traced model whose operators can be computed otherwise: what to ask of it, how to run it.
+
+A rule looks at one operator of the trace and gives a function of the same arguments that the
+converter, the quantizer and the accelerator take better, or None. The trace itself is never edited:
+the model runs operator by operator, and where there is a substitute, that runs instead. So a rule
+is written in plain torch, and the names of the modules, which the converter writes into the file,
+stay those of the user's model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import traceback
+
+Substitute: TypeAlias = Callable[..., Any]
+WRAPPER = "torchclust.export.layout.Deployed"  # the module that is converted
+
+_RESHAPES = ("view", "reshape", "flatten", "_unsafe_view")
+_MOVES = (*_RESHAPES, "permute", "transpose", "unsqueeze", "squeeze")
+# Operators whose map the converter keeps in NHWC.
+_SPATIAL = ("conv", "pool", "batch_norm", "upsample", "pixel_shuffle")
+
+
+class Traced:
+    """A model's trace: its operators, the values of its parameters, and what stands in for what.
+
+    Attributes:
+        program: the trace of ``model``.
+        model: the plain copy.
+        inputs_last: for every input's name in the trace, whether the file has its channels last.
+        constants: holds tensors that substitutes need, so that a trace of them finds them.
+        substitutes: by operator.
+        columns: the order in which a parameter's columns stand in the converted model, by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        program: torch.export.ExportedProgram,
+        inputs_last: Mapping[str, bool],
+    ) -> None:
+        self.model, self.program, self.inputs_last = model, program, inputs_last
+        self.constants = nn.Module()
+        self.substitutes: dict[fx.Node, Substitute] = {}
+        self.columns: dict[str, Tensor] = {}
+        signature = program.graph_signature
+        self._names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self._lifted = dict(signature.inputs_to_lifted_tensor_constants)
+        _named_stacks(program.graph.nodes)
+        for number, (node, name) in enumerate(self._lifted.items()):
+            self.constants.register_buffer(f"lifted_{number}", program.constants[name].detach())
+            self._lifted[node] = f"lifted_{number}"
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The operators in order of execution, inputs and parameters among them."""
+        return list(self.program.graph.nodes)
+
+    def name(self, node: Any) -> str | None:
+        """The parameter or buffer that a node stands for."""
+        return self._names.get(node.name) if isinstance(node, fx.Node) else None
+
+    def value(self, node: Any) -> Tensor | None:
+        """The tensor of a parameter, a buffer or a constant; None where the model computes it."""
+        if not isinstance(node, fx.Node):
+            return None
+        name = self._names.get(node.name)
+        if name is not None:
+            return _get(self.model, name, self.program)
+        lifted = self._lifted.get(node.name)
+        return None if lifted is None else self.constants.get_buffer(lifted)
+
+    def constant(self, value: Tensor) -> Callable[[], Tensor]:
+        """Keep a tensor for a substitute, which gets it by calling what is returned."""
+        name = f"c{len(list(self.constants.buffers()))}"
+        self.constants.register_buffer(name, value.detach().clone().contiguous())
+        return lambda: self.constants.get_buffer(name)
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Compute the model's outputs, flat, with the substitutes in place."""
+        given = dict(zip(self.program.graph_signature.user_inputs, inputs, strict=True))
+        values = [
+            given[node.name] if node.name in given else self.value(node)
+            for node in self.program.graph.nodes
+            if node.op == "placeholder"
+        ]
+        with traceback.preserve_node_meta():
+            outputs = _Running(self).run(*values, enable_io_processing=False)
+        wanted = self.program.graph_signature.user_outputs
+        (returned,) = (n for n in self.program.graph.nodes if n.op == "output")
+        names = [n.name if isinstance(n, fx.Node) else None for n in returned.args[0]]
+        kept = [y for name, y in zip(names, outputs, strict=True) if name in wanted]
+        return tuple(y for y in kept if isinstance(y, Tensor))
+
+
+class _Running(fx.Interpreter):
+    """One run of a trace. Operators that work in place give their result to every alias."""
+
+    def __init__(self, traced: Traced) -> None:
+        super().__init__(traced.program.graph_module)
+        self._substitutes = traced.substitutes
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one operator, or its substitute."""
+        substitute = self._substitutes.get(n)
+        if substitute is None:
+            return super().run_node(n)
+        with self._set_current_node(n):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            value = substitute(*args, **kwargs)
+        if operator(n).endswith("_"):
+            for other, held in self.env.items():
+                if held is args[0]:
+                    self.env[other] = value
+        return value
+
+
+def operator(node: Any) -> str:
+    """The operator's name without overload: ``max_pool2d`` of ``aten.max_pool2d.default``."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return ""
+    return str(getattr(node.target, "_opname", ""))
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """An operator's arguments by name, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {a.name: a.default_value for a in schema}
+    given.update(zip((a.name for a in schema), node.args, strict=False))
+    return {**given, **node.kwargs}
+
+
+def source(node: Any) -> fx.Node | None:
+    """The first tensor argument of an operator."""
+    argument = node.args[0] if isinstance(node, fx.Node) and node.args else None
+    if isinstance(argument, (list, tuple)):
+        argument = argument[0] if argument else None
+    return argument if isinstance(argument, fx.Node) else None
+
+
+def shape(node: Any) -> tuple[int, ...]:
+    """The shape of an operator's result; () of what is no tensor."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def is_channels_last(traced: Traced, node: fx.Node | None) -> bool:
+    """Whether the converter holds this map in NHWC: it comes from a spatial layer, or is moved."""
+    rank = len(shape(node))
+    while node is not None and len(shape(node)) == rank:
+        if node.op == "placeholder":
+            return traced.inputs_last.get(node.name, False)
+        if any(kind in operator(node) for kind in _SPATIAL):
+            return True
+        if operator(node) in _MOVES:
+            return False
+        node = source(node)
+    return False
+
+
+def flattened_map(node: fx.Node | None) -> fx.Node | None:
+    """The map that ``node`` is the flattening of, (N, C, ...) as (N, C * ...); else None."""
+    if operator(node) not in _RESHAPES:
+        return None
+    before = source(node)
+    whole = shape(before)
+    return before if len(whole) > 2 and shape(node) == (whole[0], math.prod(whole[1:])) else None
+
+
+def flattened_pixels(node: fx.Node | None) -> fx.Node | None:
+    """The map (N, C, H, W) that ``node`` is as (N, C, H * W); else None."""
+    before = source(node) if operator(node) in _RESHAPES else None
+    whole = shape(before)
+    is_map = len(whole) == 4 and shape(node) == (*whole[:2], whole[2] * whole[3])
+    return before if is_map else None
+
+
+def identity(x: Tensor, *_: object, **__: object) -> Tensor:
+    """The substitute of an operator that another one's does as well."""
+    return x
+
+
+def _named_stacks(nodes: Iterable[fx.Node]) -> None:
+    """Put the wrapper in front of every operator's stack of modules, as tracing it would."""
+    for node in nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            inner = {k: (f"model.{path}".rstrip("."), kind) for k, (path, kind) in stack.items()}
+            node.meta["nn_module_stack"] = {"deployed": ("", WRAPPER), **inner}
+
+
+def _get(model: nn.Module, name: str, program: torch.export.ExportedProgram) -> Tensor | None:
+    owner, _, attribute = name.rpartition(".")
+    value = getattr(model.get_submodule(owner), attribute, None)
+    if value is None:  # a buffer that the model does not save
+        value = program.constants.get(name)
+    return value if isinstance(value, Tensor) else None
