@@ -93,7 +93,7 @@ def test_a_mean_that_is_read_twice_keeps_its_steps() -> None:
 
 
 class Residual(nn.Module):
-    """A padding as other frameworks have it, "same" at stride 2, of a map that has another reader."""
+    """A padding as other frameworks have it, "same" at stride 2, of a map with another reader."""
 
     def __init__(self) -> None:
         super().__init__()
