@@ -46,6 +46,22 @@ def check_request(n_clusters: int, init: str, max_iter: int, preserve_sparsity: 
         raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {init!r}")
 
 
+def check_rate(rate: float) -> None:
+    """Refuse a price that is none.
+
+    Raises:
+        TypeError: it is no number (a bool is none).
+        ValueError: it is negative, NaN or infinite.
+    """
+    if isinstance(rate, bool) or not isinstance(rate, int | float):
+        raise TypeError(f"rate must be a number, got {rate!r}. For example rate=0.05")
+    if not 0 <= rate < float("inf"):
+        raise ValueError(
+            f"rate must be finite and at least 0, got {rate}: it is what a bit costs, in variances "
+            "of the weights. For example rate=0.05"
+        )
+
+
 def as_float_tensor(name: str, given: Tensor | npt.ArrayLike) -> Tensor:
     """A detached tensor of a dtype that can be clustered; integers and lists become float64.
 

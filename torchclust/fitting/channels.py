@@ -34,6 +34,7 @@ class Channels:
             sums[1], sums[0], out=np.zeros_like(sums[1]), where=sums[0] > 0
         )
         count, self._width = self.magnitude.shape
+        self._held = np.minimum(run * np.arange(self._width + 1), rows.shape[1]).astype(np.float64)
         self._first = np.arange(count)[:, None]
         # One ascending array for all channels: a single call then searches in every one of them.
         self._ladder = (np.maximum.accumulate(self.magnitude, axis=1) / 2 + self._first).ravel()
@@ -47,11 +48,21 @@ class Channels:
         Giving all of bin j the code c costs ``h[2, j] - 2 c h[1, j] + c^2 h[0, j]``.
         """
         unit = 1.0 / ratio[:, None]
-        bins = np.minimum(self.magnitude * (2 * unit), 2 * GRID - 1).astype(np.int64).ravel()
+        bins = self._bins(ratio)
         factor = (self.share * np.square(ratio))[:, None]
         mass, first, second = self._sums
         moments = mass * factor, first * (factor * unit), second * self.share[:, None]
         return np.stack([np.bincount(bins, m.ravel(), minlength=2 * GRID) for m in moments])
+
+    def counts(self, ratio: Float64s) -> Float64s:
+        """`(254,)` how many weights are in each of `histogram`'s bins."""
+        held = np.broadcast_to(np.diff(self._held), self.magnitude.shape)
+        return np.bincount(self._bins(ratio), held.ravel(), minlength=2 * GRID).astype(np.float64)
+
+    def _bins(self, ratio: Float64s) -> Ints:
+        in_halves = self.magnitude * (2.0 / ratio[:, None])
+        bins: Ints = np.minimum(in_halves, 2 * GRID - 1).astype(np.int64).ravel()
+        return bins
 
     def typical(self) -> Float64s:
         """Root mean square of every channel's non-zero magnitudes, above 0 even where all are 0."""
@@ -76,8 +87,33 @@ class Channels:
         """
         known = np.concatenate([[0], codes]).astype(np.float64)
         limits = ratio[..., None] * ((known[1:] + known[:-1]) / 2)
-        wanted = np.minimum(limits, 1.5) / 2 + self._first
-        inner = np.searchsorted(self._ladder, wanted, side="right") - self._first * self._width
+        return self._errors(known, ratio, self._below(limits))
+
+    def priced_errors(
+        self, codes: Ints, ratio: Float64s, limits: Float64s, price: Float64s | None = None
+    ) -> tuple[Float64s, Float64s, Float64s]:
+        """`errors`, and the members of every code, 0 first, where cells end at given limits.
+
+        Args:
+            codes: as for `errors`.
+            ratio: `(O,)` scales.
+            limits: `(O, h)` ends of all cells but the last, ascending, in units of the peaks.
+            price: `(h + 1,)` what a member of each code costs besides, 0 first.
+        """
+        inner = self._below(limits)
+        error, better = self._errors(np.concatenate([[0], codes]).astype(float), ratio, inner)
+        ends = np.full((len(inner), 1), self._width)
+        counts = np.diff(self._held[np.concatenate([0 * ends, inner, ends], axis=1)])
+        return (error if price is None else error + counts @ price), better, counts.sum(axis=0)
+
+    def _below(self, limits: Float64s) -> Ints:
+        """How many of a channel's runs lie at or below each limit."""
+        wanted = np.clip(limits, 0.0, 1.5) / 2 + self._first
+        inner: Ints = np.searchsorted(self._ladder, wanted, side="right")
+        inner -= self._first * self._width
+        return inner
+
+    def _errors(self, known: Float64s, ratio: Float64s, inner: Ints) -> tuple[Float64s, Float64s]:
         sums = self._prefix[:, self._first, inner]
         last = np.broadcast_to(self._prefix[:, :, -1:], (*sums.shape[:-1], 1))
         mass, first = np.diff(sums, axis=-1, append=last)

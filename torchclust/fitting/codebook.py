@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchclust.fitting.arguments import (
     as_float_tensor,
+    check_rate,
     check_request,
     checked_importance,
     require_finite,
@@ -24,8 +25,9 @@ from torchclust.fitting.arguments import (
 )
 from torchclust.fitting.integer_codebook import IntegerCodebook, fit_integer_codebook
 from torchclust.fitting.moments import Float64s, Floats, Moments, distinct_starts, sum_of_squares
-from torchclust.fitting.nearest import assign, midpoints
+from torchclust.fitting.nearest import assign, count_below, midpoints
 from torchclust.fitting.partition import optimal_bounds
+from torchclust.fitting.priced import Runs, cheapest_runs, price_of, seeded, settle
 from torchclust.fitting.seeding import lloyd, seeds
 
 __all__ = ["Codebook", "IntegerCodebook", "assign", "fit_codebook", "fit_integer_codebook"]
@@ -38,7 +40,8 @@ class Codebook:
     Attributes:
         centroids: `(k',)` ascending and distinct, k' <= n_clusters, in the dtype of the values.
         indices: position in `centroids` of every value, in the values' shape; uint8 for up to 256
-            centroids, else int32. The nearest centroid, the lower one of two as near (`assign`).
+            centroids, else int32. The nearest centroid, the lower one of two as near (`assign`);
+            with a `rate` the one of the run of values that it is in.
         inertia: weighted sum of squared errors, with the centroids as they are (rounded to float16
             or bfloat16 where the values are).
     """
@@ -56,6 +59,7 @@ def fit_codebook(
     max_iter: int = 300,
     importance: Tensor | npt.ArrayLike | None = None,
     preserve_sparsity: bool = False,
+    rate: float = 0.0,
     seed: int = 0,
 ) -> Codebook:
     """Share at most `n_clusters` values among all of `values`, by k-means in one dimension.
@@ -79,6 +83,12 @@ def fit_codebook(
             even); a sign with fewer distinct values than its share leaves the rest to the other.
             Values nearer to 0 than to any other centroid map to 0 as well. `"optimal"` is then the
             optimum under these conditions.
+        rate: what a bit costs, >= 0, in units of the values' (weighted) variance: minimised is then
+            ``inertia / (n * variance) + rate * entropy of the indices``, with `"optimal"` as
+            `torchclust.fitting.priced` says, from other seeds by Lloyd's steps with that price.
+            Centroids that are not worth their bits are dropped, and with `preserve_sparsity`
+            either sign has as many as pay. 0 is plain k-means. Useful are 0.003 (nearly lossless)
+            to 0.3 (about one bit a weight).
         seed: of `"random"` and `"kmeans++"`. Equal arguments give equal results.
 
     Returns:
@@ -87,20 +97,27 @@ def fit_codebook(
 
     Raises:
         TypeError: `n_clusters` or `max_iter` is no int; `values` are not real floats.
-        ValueError: `n_clusters` or `max_iter` out of range; `values` empty or not finite; unknown
-            `init`; `importance` of another shape, negative or not finite.
+        ValueError: `n_clusters`, `max_iter` or `rate` out of range; `values` empty or not finite;
+            unknown `init`; `importance` of another shape, negative or not finite.
 
     >>> fit_codebook(torch.arange(11.0), 5, init="linear", max_iter=0).centroids
     tensor([ 0.0000,  2.5000,  5.0000,  7.5000, 10.0000])
     >>> fit_codebook([0.0, 0.1, 5.0, 5.2, 9.9], 3).indices
     tensor([0, 0, 1, 1, 2], dtype=torch.uint8)
+    >>> fit_codebook([0.0, 0.1, 0.0, 0.0, 0.2, 9.0], 4, rate=0.1).centroids  # two do not pay
+    tensor([0.0600, 9.0000], dtype=torch.float64)
     """
     check_request(n_clusters, init, max_iter, preserve_sparsity)
+    check_rate(rate)
     data = as_float_tensor("values", values)
     require_finite("values", data)
     importance = checked_importance(importance, data.shape)
     ordered, weights = sort_values(data, importance)
+    dead = importance is not None and weights is None
     method = _Method(init, max_iter, np.random.default_rng(seed))
+    if rate > 0:
+        runs = _fit_priced(ordered, weights, n_clusters, method, rate, preserve_sparsity)
+        return _codebook_of(data, ordered, weights, runs, dead)
     if preserve_sparsity:
         positive, nonzero = int((data > 0).sum()), int((data != 0).sum())
         share = round((n_clusters - 1) * (nonzero - positive) / max(nonzero, 1))
@@ -108,7 +125,6 @@ def fit_codebook(
     else:
         found = _fit(ordered, weights, n_clusters, method)
     centroids = torch.unique(torch.from_numpy(found).to(data.dtype)) + 0.0  # no -0.0
-    dead = importance is not None and weights is None
     return Codebook(
         centroids=centroids.to(data.device),
         indices=assign(data, centroids.to(data.device)),
@@ -132,6 +148,41 @@ def _fit(values: Floats, weights: Floats | None, k: int, method: _Method) -> Flo
         bounds = optimal_bounds(moments, k)
         return moments.means(bounds, np.zeros(k))
     return lloyd(moments, seeds(method.init, moments, k, method.rng), method.max_iter)
+
+
+def _fit_priced(
+    values: Floats,
+    weights: Floats | None,
+    k: int,
+    method: _Method,
+    rate: float,
+    preserve_sparsity: bool,
+) -> Runs:
+    moments = Moments(values, weights, centre=0.0 if preserve_sparsity else None)
+    price = price_of(moments, rate)
+    if method.init == "optimal":
+        return cheapest_runs(moments, k, price, pinned=preserve_sparsity)
+    start = seeds(method.init, moments, k - int(preserve_sparsity), method.rng)
+    runs = seeded(moments, start, pinned=preserve_sparsity)
+    return settle(moments, runs, price, method.max_iter)
+
+
+def _codebook_of(
+    data: Tensor, values: Floats, weights: Floats | None, runs: Runs, dead: bool
+) -> Codebook:
+    """The codebook of runs of the sorted values; runs whose rounded centroids tie are one."""
+    centroids = torch.from_numpy(runs.centroids).to(data.dtype) + 0.0  # no -0.0
+    first = np.append(True, (centroids[1:] > centroids[:-1]).numpy())
+    centroids = centroids[torch.from_numpy(first)]
+    bounds = np.append(runs.bounds[:-1][first], runs.bounds[-1])
+    inner = bounds[1:-1]
+    limits = np.where(inner > 0, values[np.maximum(inner - 1, 0)], -np.inf).astype(values.dtype)
+    wide = centroids.double().numpy()
+    return Codebook(
+        centroids=centroids.to(data.device),
+        indices=count_below(data, torch.from_numpy(limits).to(data.device)),
+        inertia=0.0 if dead else sum_of_squares(values, weights, bounds, wide),
+    )
 
 
 def _fit_around_zero(

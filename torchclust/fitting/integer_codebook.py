@@ -23,6 +23,7 @@ from torch import Tensor
 
 from torchclust.fitting.arguments import (
     as_float_tensor,
+    check_rate,
     check_request,
     checked_importance,
     flat_array,
@@ -30,7 +31,8 @@ from torchclust.fitting.arguments import (
 )
 from torchclust.fitting.channels import GRID, Channels
 from torchclust.fitting.moments import Float64s, Floats, Ints, Moments, distinct_starts
-from torchclust.fitting.nearest import count_below
+from torchclust.fitting.nearest import count_below, count_below_in_rows, mirrored_limits
+from torchclust.fitting.priced_integers import fit_priced, priced_limits, settle_priced
 from torchclust.fitting.seeding import seeds
 
 _TRIALS = 33  # scales tried along the line, fewer where codes are many
@@ -68,6 +70,7 @@ def fit_integer_codebook(
     max_iter: int = 300,
     importance: Tensor | npt.ArrayLike | None = None,
     preserve_sparsity: bool = False,
+    rate: float = 0.0,
     seed: int = 0,
 ) -> IntegerCodebook:
     """Share at most `n_clusters` integer codes among all of `weight`, with a scale per channel.
@@ -81,6 +84,8 @@ def fit_integer_codebook(
         max_iter: Lloyd's steps; 0 keeps the seeds. `"optimal"` needs none.
         importance: weights of the squared errors, the weight's shape, >= 0; None for all equal.
         preserve_sparsity: as it is anyway: 0 is always a code, and zeros always take it.
+        rate: what a bit costs, as for `torchclust.fit_codebook` (see
+            `torchclust.fitting.priced_integers`); codes that are not worth it are dropped.
         seed: of `"random"` and `"kmeans++"`.
 
     Returns:
@@ -95,6 +100,7 @@ def fit_integer_codebook(
     True
     """
     check_request(n_clusters, init, max_iter, preserve_sparsity)
+    check_rate(rate)
     if n_clusters < 3:
         raise ValueError(
             f"n_clusters must be at least 3 for an int8 codebook, got {n_clusters}: it holds 0 and "
@@ -107,14 +113,30 @@ def fit_integer_codebook(
     weights = None if importance is None or not importance.any() else _rows(importance)
     channels = Channels(rows, weights)
     half = min((n_clusters - 1) // 2, GRID)
+    limits: Float64s | None = None
     if not channels.peak.any():
         codes, ratio = np.empty(0, dtype=np.int64), np.ones(len(rows))
+    elif rate > 0:
+        price = rate * _variance(rows, weights) / float(channels.peak.max()) ** 2
+        if init == "optimal":
+            priced = fit_priced(channels, half, price)
+        else:
+            start = _lloyd_fit(channels, half, init, max_iter, np.random.default_rng(seed))
+            priced = settle_priced(channels, *start, price, max_iter)
+        codes, ratio, limits = priced.codes, priced.ratio, priced_limits(channels, priced, price)
     elif init == "optimal":
         codes, ratio = _best_fit(channels, half)
     else:
         codes, ratio = _lloyd_fit(channels, half, init, max_iter, np.random.default_rng(seed))
-    book = _assigned(data, weights, codes, _scales(channels.peak, ratio))
+    book = _assigned(data, weights, codes, _scales(channels.peak, ratio), limits)
     return book if importance is None or weights is not None else replace(book, inertia=0.0)
+
+
+def _variance(rows: Floats, weights: Floats | None) -> float:
+    """Weighted, in float64; of values of any magnitude that has a square."""
+    wide = rows.astype(np.float64)
+    mean = np.average(wide, weights=weights)
+    return float(np.average(np.square(wide - mean), weights=weights))
 
 
 def _rows(data: Tensor) -> Floats:
@@ -226,13 +248,24 @@ def _scales(peak: Float64s, ratio: Float64s) -> Tensor:
 
 
 def _assigned(
-    data: Tensor, weights: Floats | None, magnitudes: Ints, scale: Tensor
+    data: Tensor,
+    weights: Floats | None,
+    magnitudes: Ints,
+    scale: Tensor,
+    limits: Float64s | None,
 ) -> IntegerCodebook:
-    """The nearest codes with the scales as rounded; codes that no weight takes are dropped."""
+    """The codes within whose limits the weights lie; those that no weight takes are dropped.
+
+    Without limits these are the nearest codes, with the scales as rounded.
+    """
     codes = np.concatenate([-magnitudes[::-1], [0], magnitudes])
     table = torch.from_numpy(codes).to(data.device)
-    by_channel = scale.to(data.device).reshape(-1, *[1] * (data.dim() - 1))
-    indices = count_below(data.float() / by_channel, (table[1:] + table[:-1]).float() / 2)
+    if limits is None:
+        by_channel = scale.to(data.device).reshape(-1, *[1] * (data.dim() - 1))
+        indices = count_below(data.float() / by_channel, (table[1:] + table[:-1]).float() / 2)
+    else:
+        ends = mirrored_limits(torch.from_numpy(limits).float()).to(data.device)
+        indices = count_below_in_rows(data, ends)
     members = torch.bincount(indices.reshape(-1), minlength=len(codes)).cpu().numpy()
     used = (members + members[::-1] > 0) | (codes == 0)
     kept = torch.from_numpy(np.cumsum(used) - 1).to(torch.uint8).to(data.device)

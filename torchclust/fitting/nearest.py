@@ -55,6 +55,38 @@ def midpoints(centroids: Tensor) -> Tensor:
     return torch.where((middle < high) & (middle > low), middle, low)
 
 
+def priced_midpoints(centroids: Tensor, bits: Tensor, price: Tensor) -> Tensor:
+    """Where the choice changes when ``(value - centroid)^2 + price * bits`` is to be least.
+
+    Cells stay intervals: two centroids meet at their midpoint, moved towards the dearer one by
+    ``price * (bits_j - bits_i) / (2 (c_j - c_i))`` (Chou, Lookabaugh and Gray 1989). A centroid
+    that serves nobody gets an empty cell: the boundaries on either side of it coincide.
+
+    Args:
+        centroids: `(k,)` ascending.
+        bits: `(k,)` what an index costs.
+        price: of a bit in squared units of the centroids, of shape `()` or `(rows,)`.
+
+    Returns:
+        `(k - 1,)` or `(rows, k - 1)` ascending boundaries.
+
+    >>> half = torch.tensor(0.5)
+    >>> priced_midpoints(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 2.0]), half)
+    tensor([0.7500, 1.5000])
+    """
+    low, high = centroids[:, None], centroids[None, :]
+    gap = (high - low).clamp_min(64 * torch.finfo(centroids.dtype).tiny)
+    slope = (bits[None, :] - bits[:, None]) / (2 * gap)
+    reached = torch.full_like(price[..., None] * centroids, -torch.inf)
+    boundaries = []
+    for i in range(len(centroids) - 1):
+        # Beyond `reached[j]` centroid j is better than each of the centroids up to i.
+        meet = low[i] / 2 + high[0] / 2 + price[..., None] * slope[i]
+        reached = torch.maximum(reached, meet)
+        boundaries.append(reached[..., i + 1 :].amin(-1))
+    return torch.stack(boundaries, -1) if boundaries else reached[..., :0]
+
+
 def count_below(values: Tensor, boundaries: Tensor) -> Tensor:
     """For every value, how many of the ascending boundaries lie strictly below it.
 
@@ -105,6 +137,40 @@ def count_below_in_units(rows: Tensor, units: Tensor, boundaries: Tensor) -> Ten
 
     in_blocks(divide_and_count, rows, _BLOCK)
     return counts
+
+
+def count_below_in_rows(rows: Tensor, boundaries: Tensor) -> Tensor:
+    """`count_below` of every row with boundaries of its own.
+
+    Args:
+        rows: floating, `(n, ...)`.
+        boundaries: `(n, b)` ascending, b < 256.
+    """
+    dtype = _searchable(torch.promote_types(rows.dtype, boundaries.dtype))
+    flat, limits = rows.detach().to(dtype).flatten(1), boundaries.detach().to(dtype)
+    if flat.device.type != "cpu" or must_be_traceable() or limits.shape[1] > _COMPARED:
+        found = torch.searchsorted(limits.contiguous(), flat.contiguous(), out_int32=True)
+        return found.to(torch.uint8).view(rows.shape)
+    counts = torch.empty(rows.shape, dtype=torch.uint8)
+
+    def count(part: slice) -> None:
+        block, into = flat[part].numpy(), counts[part].flatten(1).numpy()
+        ends = limits[part].numpy()
+        into[:] = 0
+        for limit in range(ends.shape[1]):
+            into += np.greater(block, ends[:, limit : limit + 1]).view(np.uint8)
+
+    in_blocks(count, flat, _BLOCK)
+    return counts
+
+
+def mirrored_limits(magnitudes: Tensor) -> Tensor:
+    """`(n, 2 h)` boundaries of a symmetric codebook from those of its `(n, h)` magnitudes.
+
+    None is 0 or crosses it: a weight that is 0 always takes the code 0.
+    """
+    above = magnitudes.clamp_min(torch.finfo(magnitudes.dtype).tiny)
+    return torch.cat([-above.flip(-1), above], -1)
 
 
 def _searchable(dtype: torch.dtype) -> torch.dtype:

@@ -50,21 +50,21 @@ def optimal_bounds(moments: Moments, k: int, *, pinned: bool = False) -> Ints:
         return edges[_best_edges(moments, edges, k, pinned)]
     if k > _MANY:
         return _local_optimum(moments, k, pinned)
-    edges = _candidates(moments, max(_FEWEST, 16 * k, min(64 * k, 4 * _FEWEST)))
+    edges = even_candidates(moments, max(_FEWEST, 16 * k, min(64 * k, 4 * _FEWEST)))
     chosen = _best_edges(moments, edges, k, pinned)
     wide = edges[np.minimum(chosen + 4, len(edges) - 1)] - edges[np.maximum(chosen - 4, 0)]
     return _refine(moments, edges[chosen], wide, pinned)
 
 
 def _local_optimum(moments: Moments, k: int, pinned: bool) -> Ints:
-    edges = _candidates(moments, k + 1 - int(pinned))
+    edges = even_candidates(moments, k + 1 - int(pinned))
     centroids = moments.means(edges, np.zeros(len(edges) - 1))
     if pinned:
         centroids = np.concatenate([[0.0], centroids])
     return nearest_bounds(moments, lloyd(moments, centroids, _LLOYD, pinned=pinned))
 
 
-def _candidates(moments: Moments, size: int) -> Ints:
+def even_candidates(moments: Moments, size: int) -> Ints:
     """`size` positions from 0 to n (fewer if values tie) whose bins have like sums of squares.
 
     That is how the optimal boundaries themselves lie (as dense as the density to the power 1/3),
@@ -74,7 +74,7 @@ def _candidates(moments: Moments, size: int) -> Ints:
     edges = np.unique(np.linspace(0, moments.n, max(size // 8, 2), dtype=np.int64))
     while (room := size - len(edges)) > 0:
         sums = moments.at(edges)
-        share = np.cbrt(np.maximum(_cost(sums[:, :-1], sums[:, 1:]), 0.0))
+        share = np.cbrt(np.maximum(cost_of_runs(sums[:, :-1], sums[:, 1:]), 0.0))
         granted = max(3 * room // 4, min(room, size // 16))
         pieces = (share * (granted / max(float(share.sum()), _LEAST))).astype(np.int64)
         pieces[np.argsort(-share)[: granted - int(pieces.sum())]] += 1
@@ -99,22 +99,22 @@ def _split(moments: Moments, edges: Ints, pieces: Ints) -> Ints:
 def _best_edges(moments: Moments, edges: Ints, k: int, pinned: bool) -> Ints:
     """Which k + 1 of the edges bound the best k runs."""
     sums = moments.at(edges)
-    first = sums[2] - sums[2, 0] if pinned else _cost(sums[:, :1], sums)
+    first = sums[2] - sums[2, 0] if pinned else cost_of_runs(sums[:, :1], sums)
     last = len(edges) - 1
     if last > _TABLE:
         return _divide_and_conquer(first, sums, k)
-    table = _table_of_costs(*moments.grouped(edges))
+    table = table_of_costs(*moments.grouped(edges))
     return np.array([0, *_cheapest(first if pinned else table[:, 0], [table] * (k - 1), last)])
 
 
-def _cost(low: Float64s, high: Float64s) -> Float64s:
+def cost_of_runs(low: Float64s, high: Float64s) -> Float64s:
     """Sum of squares within the run between two prefix sums (paper Eq. 2); 0 if it is empty."""
     weight, first = high[0] - low[0], high[1] - low[1]
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(weight > 0, high[2] - low[2] - first * first / weight, 0.0)
 
 
-def _table_of_costs(weight: Float64s, u: Float64s) -> Float64s:
+def table_of_costs(weight: Float64s, u: Float64s) -> Float64s:
     """`[end, start]`: sum of squares within ``u[start:end]``, infinite where end < start.
 
     Welford's recurrence, one value at a time appended to all runs that end before it.
@@ -166,7 +166,7 @@ def _divide_and_conquer(first: Float64s, sums: Float64s, k: int) -> Ints:
     for _ in range(k - 2):
         total, cut = _append_run(total, sums, rounds)
         cuts.append(cut)
-    last = int((total + _cost(sums, sums[:, -1:])).argmin())  # its run ends at the end alone
+    last = int((total + cost_of_runs(sums, sums[:, -1:])).argmin())  # its run ends at the end alone
     path = [len(heavy) - 1, last]
     for cut in reversed(cuts):
         path.append(int(cut[path[-1]]))
@@ -234,7 +234,7 @@ def _best_places(moments: Moments, grid: Ints, pinned: bool) -> Ints:
     """A column for each inner row of the grid, such that the runs between its rows cost least."""
     sums = moments.at(grid)
     left, right = sums[:, :-1, None, :], sums[:, 1:, :, None]
-    cost = _cost(left, right)
+    cost = cost_of_runs(left, right)
     if pinned:
         cost[0] = right[2, 0] - left[2, 0]
     cost[grid[1:, :, None] < grid[:-1, None, :]] = np.inf
