@@ -14,6 +14,9 @@ _BURIED = 1e-10
 """Of the largest weighted square. A channel of weights that small has an output's variance a
 10^10th of its neighbours', which the eps of a BatchNorm behind it buries (1e-5, or 1e-3)."""
 
+_LARGEST = 127
+_TRIFLE = 1e-5  # of the largest row's peak: what the exporter lets become 0
+
 
 def without_noise(weight: Tensor, importance: Tensor | None = None) -> Tensor:
     """Set to 0 what does not matter beside the largest of its tensor.
@@ -36,3 +39,27 @@ def without_noise(weight: Tensor, importance: Tensor | None = None) -> Tensor:
         size = size * importance.to(size).sqrt()
     small = size <= _BURIED**0.5 * size.max()
     return weight.masked_fill(small, 0) if (small & (weight != 0)).any() else weight
+
+
+def plain_int8_bits(rows: Tensor) -> float:
+    """Entropy, bits per weight, of the codes without clustering: a scale per row, round to nearest.
+
+    What a compiler's entropy coder makes of them; clustering has to stay below it.
+
+    Args:
+        rows: `(O, ...)`, output channels first, finite.
+
+    >>> plain_int8_bits(torch.tensor([[1.0, -1.0, 1.0, -1.0], [1e-32, 0.0, 0.0, 0.0]]))
+    1.5
+    """
+    flat = rows.detach().reshape(len(rows) if rows.dim() > 1 else 1, -1).float()
+    peaks = flat.abs().amax(1, keepdim=True)
+    least = (_TRIFLE * peaks.max()).clamp_min(torch.finfo(torch.float32).tiny)
+    codes = (flat / peaks.maximum(least) * _LARGEST).round()
+    return entropy(torch.bincount(codes.view(-1).long() + _LARGEST))
+
+
+def entropy(counts: Tensor) -> float:
+    """Bits per symbol of an empirical distribution."""
+    share = counts[counts > 0].double() / counts.sum()
+    return float(-(share * share.log2()).sum()) + 0.0  # -0.0 for a single symbol
