@@ -18,9 +18,11 @@ REPORT: dict[str, Any] = {
               "packed": 400, "packed_entropy_bound": 390},
     "tensors": [
         {"name": "a.weight", "shape": [4, 8], "n_clusters": 16, "distinct_weights": 15,
-         "int8_codes": 15, "entropy_bits": 3.5, "skipped": None},
+         "int8_codes": 15, "entropy_bits": 3.5,
+         "baseline_entropy_bits": 6.5, "skipped": None},
         {"name": "a.bias", "shape": [4], "n_clusters": None, "distinct_weights": 4,
-         "int8_codes": None, "entropy_bits": None, "skipped": "a bias"},
+         "int8_codes": None, "entropy_bits": None,
+         "baseline_entropy_bits": None, "skipped": "a bias"},
     ],
     "vela": {"version": "5.2.0", "accelerator": "ethos-u55-128", "encoded_weight_bytes": 100,
              "baseline_encoded_weight_bytes": 400, "flash_bytes": 2048,
@@ -54,6 +56,13 @@ def test_operators_left_to_the_cpu_stand_in_the_headline() -> None:
     reasons = ["LEAKY_RELU: not int8", "SORT: unknown"]
     text = markdown(changed(vela={"cpu_ops": 2, "cpu_operators": reasons}))
     assert "**2 operators are left to the CPU**: LEAKY_RELU: not int8; SORT: unknown." in text
+
+
+def test_a_tensor_that_got_larger_is_marked() -> None:
+    assert "| 3.50 | 6.50 |" in markdown(REPORT)
+    report = changed()
+    report["tensors"][0]["baseline_entropy_bits"] = 3.25
+    assert "| 3.50 (**larger**) | 3.25 |" in markdown(report)
 
 
 @pytest.mark.parametrize("measured", [True, False])

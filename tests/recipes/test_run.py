@@ -53,7 +53,8 @@ CONTRACT = {
     },
 }  # fmt: skip
 TENSOR_KEYS = {
-    "name", "shape", "n_clusters", "distinct_weights", "int8_codes", "entropy_bits", "skipped",
+    "name", "shape", "n_clusters", "distinct_weights", "int8_codes", "entropy_bits",
+    "baseline_entropy_bits", "skipped",
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from torchclust.data_aware.blocks import evaluating, find_blocks
 from torchclust.data_aware.compensation import Book, compensate
 from torchclust.data_aware.input_moments import InputMoments
 from torchclust.data_aware.layers import Layer, Side, inputs_of, layers_run, norms_behind, within
+from torchclust.fitting.worth import without_noise
 from torchclust.progress import track
 from torchclust.weight.parametrization import fit_weight, make_clustered_weight, relative_error
 
@@ -97,16 +98,19 @@ def _fit_observed(
     weight = layer.weight.detach().clone()
     absorbs = norm is not None or isinstance(layer.module._parameters.get("bias"), Tensor)
     row_weight = _row_weight(layer, norm)
-    targets = moments.targets(weight, row_weight, centred=absorbs)
-    columns = torch.cat([t.hessian.diagonal().expand(t.pull.shape[1], -1) for t in targets])
-    importance = (columns * row_weight[:, None]).view(weight.shape)
-    tensors = _fit(layer, importance, seed)
+    kept = without_noise(weight, moments.by_column(moments.spread(absorbs), row_weight, weight))
+    layer.weight.data = kept
+    row_weight = row_weight.clamp_min(1e-4)
+    alive = kept.flatten(1).any(1).view(-1, *[1] * (weight.dim() - 1))
+    targets = moments.targets(weight * alive, row_weight, centred=absorbs, anchor=kept)
+    columns = torch.stack([t.hessian.diagonal() for t in targets])
+    tensors = _fit(layer, moments.by_column(columns, row_weight, weight), seed)
     book = _book(layer, tensors)
-    zeros = (weight == 0).flatten(1).T if layer.config.preserve_sparsity else None
-    book, indices = compensate(targets, book, zeros)
-    tensors = _write(
-        layer, _with_book(layer, tensors, book, indices.T.contiguous().view(weight.shape))
-    )
+    zeros = (kept == 0) & (layer.config.preserve_sparsity | (weight != 0) | ~alive)
+    book, indices = compensate(targets, book, zeros.flatten(1).T)
+    tensors = _with_book(layer, tensors, book, indices.T.contiguous().view(weight.shape))
+    layer.weight.data = weight.clone()
+    tensors = _write(layer, tensors)
     if absorbs:
         _absorb(layer.module, norm, moments, weight)
     return tensors
@@ -149,7 +153,7 @@ def _row_weight(layer: Layer, norm: nn.Module | None) -> Tensor:
         rows = rows * layer.importance.detach().float().flatten(1).mean(1).to(rows)
     if not rows.sum() > 0:
         return torch.ones_like(rows)
-    return (rows / rows.mean()).clamp_min(1e-4)
+    return rows / rows.mean()
 
 
 def _book(layer: Layer, tensors: Mapping[str, Tensor]) -> Book:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchclust.data_aware.compensation import Target
 
 _DAMPING = 0.01  # of the mean diagonal, added to it: pulls towards the float weight
+_CONSTANT = 1e-6  # of an input's mean square: a variance that float32 products make of nothing
 _ROUNDING = 1e-3  # of the uncentred diagonal: more than centring can lose in float32 products
 _UNFOLDED = 1 << 24  # elements of unfolded input at a time: 64 MB in float32
 
@@ -47,16 +48,32 @@ class InputMoments:
                 count += x.shape[2]
         return cls(*(total.div_(count) for total in sums))
 
-    def targets(self, weight: Tensor, row_weight: Tensor, *, centred: bool) -> list[Target]:
+    def spread(self, centred: bool) -> Tensor:
+        """`(groups, d)`: how much each input varies, or its mean square if not `centred`."""
+        power = self.zz.diagonal(dim1=1, dim2=2)
+        if not centred:
+            return power
+        variance = power - self.z.square()
+        return torch.where(variance > _CONSTANT * power, variance, 0)
+
+    def by_column(self, columns: Tensor, row_weight: Tensor, weight: Tensor) -> Tensor:
+        """Importance of every weight, in its shape, from ``(groups, d)`` and ``(rows,)``."""
+        rows = columns.repeat_interleave(len(weight) // len(self.x), 0)
+        return (rows * row_weight.to(rows)[:, None]).view(weight.shape)
+
+    def targets(
+        self, weight: Tensor, row_weight: Tensor, *, centred: bool, anchor: Tensor
+    ) -> list[Target]:
         """The output error of `weight` as a function of what replaces it, one target per group.
 
         Args:
             weight: the float weight, output channels first.
             row_weight: `(rows,)`, how much each output channel counts.
             centred: whether something behind the layer takes the mean error away.
+            anchor: the weight to stay near where inputs do not say otherwise.
         """
         groups = len(self.x)
-        rows = weight.detach().double().reshape(groups, -1, self.x.shape[1])
+        rows, near = self._rows(weight), self._rows(anchor)
         zz, xz = self.zz, self.xz
         if centred:
             zz = zz - self.z[:, :, None] * self.z[:, None]
@@ -65,7 +82,7 @@ class InputMoments:
         size = torch.where(size > 0, size, 1)  # inputs that are all zero tell nothing
         unit = size[:, None, None]  # float32 cannot hold the square of every activation
         damping = _DAMPING * torch.eye(zz.shape[1], dtype=zz.dtype, device=zz.device)
-        pull = rows @ (xz / unit + damping)
+        pull = rows @ (xz / unit) + _DAMPING * near
         weights = (size / size.mean()).repeat_interleave(len(weight) // groups).float()
         return [
             Target(h.float(), p.mT.float().contiguous(), w)

@@ -25,6 +25,7 @@ from torchclust.export.graph import Graph, Weight
 from torchclust.export.layout import Prepared
 from torchclust.model.clustering import Clustering, named_clusterings
 
+_TRIFLE = 1e-5  # of the largest row: below a hundredth of a step of the output that they share
 _FEW = 3  # values that an ordinary parameter may hold too: zeros, ones, a sign
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -73,11 +74,24 @@ def find_clustered(graph: Graph, trained: Sequence[Trained], used: frozenset[str
         matched = next((m for m in matches if m is not None), None)
         if matched is not None:
             _check_count(matched)
-            found.append(Placed(weight, matched))
+            found.append(Placed(weight, _without_trifles(matched)))
     for t in trained:
         if t.name in used and not _is_placed(found, t):
             _report_unplaced(t)
     return found
+
+
+def _without_trifles(matched: Matched) -> Matched:
+    """Give each row that BatchNorm shrank to a trifle the one code of its codebook nearest to 0.
+
+    Nothing is left of its weights, so their codes would only cost bits.
+    """
+    codes, groups = matched.codes.copy(), matched.groups
+    peaks = matched.scales * np.abs(codes.astype(np.int64)).max(axis=1, initial=0)
+    for row in np.flatnonzero(peaks <= _TRIFLE * peaks.max(initial=0.0)):
+        shared = matched.codes[groups == groups[row]]
+        codes[row] = shared.flat[np.abs(shared.astype(np.int64)).argmin()]
+    return dataclasses.replace(matched, codes=codes)
 
 
 def _from_clustering(name: str, clustering: Clustering, weight: Array, axis: int) -> Trained:

@@ -23,6 +23,7 @@ from torchclust.activations.quantized import remove_quantized_activations_
 from torchclust.data_aware.fit import fit_to_inputs
 from torchclust.data_aware.layers import Layer
 from torchclust.model.clustering import check_distinct, named_clusterings
+from torchclust.model.larger import warn_if_larger
 from torchclust.model.places import clustered_places, clustered_weight
 from torchclust.model.rules import Rules
 from torchclust.model.slots import Slot, chosen_slots, clustered_slots, slots_of
@@ -72,6 +73,10 @@ def cluster_(
     Returns:
         The same object.
 
+    Warns:
+        UserWarning: a tensor will take more bits than its plain int8 codes, as where one outlier
+            leaves all others a few small codes: fewer clusters then, or none.
+
     Raises:
         TypeError, ValueError: rules that cannot be resolved, NaN or infinity in a weight,
             importance that does not fit. The model is then unchanged.
@@ -90,21 +95,29 @@ def cluster_(
         slot, config = task
         return _fit_slot(slot, config, weights.get(slot.candidate.name), seed)
 
-    if inputs is not None:
-        return _cluster_to_inputs(model, chosen, weights, inputs, seed)
-    for (slot, _), fitted in zip(chosen, _in_threads(fit, chosen), strict=True):
+    fits: list[ClusteredWeight]
+    corrected: dict[str, Tensor] = {}
+    if inputs is None:
+        fits = _in_threads(fit, chosen)
+    else:
+        fits, corrected = _fit_to_inputs(model, chosen, weights, inputs, seed)
+    for (slot, _), fitted in zip(chosen, fits, strict=True):
+        warn_if_larger(slot, fitted)
         attach(slot, fitted)
+    state = model.state_dict() if corrected else {}  # shares memory with the model
+    for name, value in corrected.items():
+        state[name].copy_(value)
     return model
 
 
-def _cluster_to_inputs(
-    model: ModuleT,
+def _fit_to_inputs(
+    model: nn.Module,
     chosen: list[tuple[Slot, ClusterConfig]],
     weights: Mapping[str, Tensor],
     inputs: Iterable[Any],
     seed: int,
-) -> ModuleT:
-    """Fit on a copy that is clustered layer by layer, then bring the results to the model."""
+) -> tuple[list[ClusteredWeight], dict[str, Tensor]]:
+    """Fit on a copy that is clustered layer by layer: the weights, and what makes up for them."""
     twin = copy.deepcopy(model)
     copies = {slot.candidate.name: slot for slot in slots_of(twin)}
     layers = []
@@ -126,12 +139,8 @@ def _cluster_to_inputs(
             )
         )
     fits = fit_to_inputs(model, twin, layers, inputs, seed)
-    for slot, config in chosen:
-        attach(slot, make_for(slot, config, fits.weights[slot.candidate.name]))
-    state = model.state_dict()  # shares memory with the model
-    for name, value in fits.corrected.items():
-        state[name].copy_(value)
-    return model
+    made = [make_for(slot, config, fits.weights[slot.candidate.name]) for slot, config in chosen]
+    return made, fits.corrected
 
 
 def strip_(model: ModuleT, *, validate: bool = True) -> ModuleT:

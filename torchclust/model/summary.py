@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchclust.fitting.worth import entropy
 from torchclust.model.clustering import Clustering, count_distinct, named_clusterings
 from torchclust.model.rules import Decision
 from torchclust.model.slots import decisions
@@ -160,7 +161,7 @@ def _row(name: str, value: Tensor, decision: Decision, clustering: Clustering | 
         n_clusters=config.n_clusters,
         codebook_dtype=config.codebook_dtype,
         distinct=distinct_values(clustering, indices),
-        entropy_bits=_entropy(torch.bincount(indices.reshape(-1))),
+        entropy_bits=entropy(torch.bincount(indices.reshape(-1))),
         bits_per_weight=bits,
         rate=width / bits,
         error=clustering.fit_error,
@@ -188,12 +189,6 @@ def distinct_values(clustering: Clustering, indices: Tensor) -> int:
         return int((torch.bincount(indices.reshape(-1)) > 0).sum())
     rows = indices.transpose(0, clustering.channel_dim).flatten(1)
     return max(len(part.unique()) for part in rows.split(config.group_size or 1))
-
-
-def _entropy(counts: Tensor) -> float:
-    """Bits per symbol of an empirical distribution."""
-    share = counts[counts > 0].double() / counts.sum()
-    return float(-(share * share.log2()).sum()) + 0.0  # -0.0 for a single symbol
 
 
 def _cells(row: TensorRow) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from torchclust.fitting.worth import plain_int8_bits
+from torchclust.model.slots import Slot, slots_of
 from torchclust.model.summary import summary
 from torchclust.packing.size import PackedSize
 from torchclust.recipes.schema import Recipe
@@ -78,6 +80,7 @@ def assemble(
 def _tensors(networks: Networks, codes: Mapping[str, int]) -> list[dict[str, Any]]:
     """Return one row per parameter tensor of the compressed (else the trained) model."""
     model = networks.trained if networks.compressed is None else networks.compressed
+    plain = {slot.candidate.name: slot for slot in slots_of(networks.control)}
     return [
         {
             "name": row.name,
@@ -86,10 +89,15 @@ def _tensors(networks: Networks, codes: Mapping[str, int]) -> list[dict[str, Any
             "distinct_weights": row.distinct,
             "int8_codes": codes.get(row.name),
             "entropy_bits": row.entropy_bits,
+            "baseline_entropy_bits": _plain_bits(plain[row.name]) if row.n_clusters else None,
             "skipped": row.skipped,
         }
         for row in summary(model).rows
     ]
+
+
+def _plain_bits(slot: Slot) -> float:
+    return plain_int8_bits(slot.value().transpose(0, slot.channel_dim))
 
 
 def _vela(compiled: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,9 +192,11 @@ def _tensor_table(report: Report) -> list[str]:
             continue
         counts = [row[key] for key in ("n_clusters", "distinct_weights", "int8_codes")]
         cells = ["-" if count is None else str(count) for count in counts]
-        rows.append((name, " x ".join(map(str, row["shape"])), *cells, f"{entropy:.2f}"))
-    head = ("tensor", "shape", "clusters", "distinct", "codes in int8 file", "entropy, bits")
-    lines = _table(head, rows) if rows else []
+        plain = row["baseline_entropy_bits"]
+        bits = f"{entropy:.2f}{' (**larger**)' if entropy > plain else ''}"
+        rows.append((name, " x ".join(map(str, row["shape"])), *cells, bits, f"{plain:.2f}"))
+    head = ("tensor", "shape", "clusters", "distinct", "codes in int8 file")
+    lines = _table((*head, "entropy, bits", "not clustered"), rows) if rows else []
     for reason, names in reasons.items():
         lines += ["", f"Not clustered ({reason}): {', '.join(names)}"]
     return lines

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from torchclust.fitting.nearest import assign, count_below_in_units
+from torchclust.fitting.worth import without_noise
 from torchclust.weight.codebooks import fit_rows
 from torchclust.weight.config import ClusterConfig
 from torchclust.weight.evaluation_cache import EvaluationCache
@@ -276,15 +277,16 @@ def fit_weight(
         registers: the codebook with ``"fixed"``, the weight itself with ``"nearest"``.
         ``fit_error`` is ``||weight - clustered|| / ||weight||`` as fitted, a float32 scalar.
     """
-    rows = weight.detach().transpose(0, channel_dim)
+    kept = without_noise(weight.detach(), importance)
+    rows = kept.transpose(0, channel_dim)
     weights = None if importance is None else importance.detach().transpose(0, channel_dim)
     trained, indices, tensors = fit_rows(rows, config, weights, seed)
     if config.assignment == "fixed":
         tensors |= {"original": trained, "indices": indices.transpose(0, channel_dim).contiguous()}
     else:
-        tensors |= {"original": weight.detach().clone(), "centroids": trained}
+        tensors |= {"original": kept.clone(), "centroids": trained}
         if config.preserve_sparsity:
-            tensors["sparsity_mask"] = weight.detach() == 0
+            tensors["sparsity_mask"] = kept == 0
     with torch.no_grad():
         fitted = make_clustered_weight(config, tensors, channel_dim=channel_dim)
         clustered = fitted.value(tensors["original"])
