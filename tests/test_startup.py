@@ -9,7 +9,14 @@ import pytest
 import torchclust
 
 EXTRAS = {
-    *("pytorch_lightning", "litert_torch", "ai_edge_litert", "ai_edge_quantizer", "flatbuffers"),
+    *(
+        "pytorch_lightning",
+        "lightning",
+        "litert_torch",
+        "ai_edge_litert",
+        "ai_edge_quantizer",
+        "flatbuffers",
+    ),
     *("ethosu", "scipy", "sklearn", "matplotlib", "mlxtend", "pydantic", "yaml", "rich"),
     *("constriction", "safetensors", "shtab"),
 }

@@ -13,17 +13,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-try:
-    from pytorch_lightning import Callback, LightningModule, Trainer
-    from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
-    from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-    from pytorch_lightning.utilities.model_helpers import is_overridden
-except ImportError as error:
-    raise ImportError(
-        'torchclust.lightning needs PyTorch Lightning:  pip install "torchclust[lightning]"'
-    ) from error
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -36,6 +27,13 @@ from torchclust.lightning.freezing import Freezer
 from torchclust.lightning.monitor import announcement, assignments, histograms, measure
 from torchclust.lightning.optimizers import carry_over, scale_rates
 from torchclust.lightning.rng import random_state, set_random_state
+from torchclust.lightning.trees import (
+    Callback,
+    is_overridden,
+    of_all,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from torchclust.model.cluster import cluster_, strip_
 from torchclust.model.clustering import is_clustered, named_clusterings
 from torchclust.model.restore import restore_structure_
@@ -50,6 +48,11 @@ from torchclust.weight.config import (
     Init,
 )
 
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+_SINGLE = of_all("strategies.SingleDeviceStrategy")
+_DDP = of_all("strategies.DDPStrategy")
 _RANDOM_STATE = "torchclust_random_state"
 _BESIDE_RULES = ("importance", "inputs", "seed")
 _COPIERS = {"WeightAveraging", "StochasticWeightAveraging"}  # of the module, in their own setup
@@ -281,7 +284,7 @@ class WeightClustering(Callback):
     def _check(self, trainer: Trainer) -> None:
         strategy, last = trainer.strategy, trainer.max_epochs
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        if not isinstance(strategy, _SINGLE + _DDP):
             raise ValueError(
                 f"WeightClustering works on one device and with strategy='ddp', got "
                 f"{type(strategy).__name__}, which shards or splits the parameters it clusters"
@@ -332,7 +335,7 @@ class WeightClustering(Callback):
         known = list(pl_module.parameters())  # held, so that no new one takes an old one's id
         self._cluster(trainer, pl_module)
         optimizers, schedulers = trainer.optimizers, trainer.lr_scheduler_configs
-        if isinstance(trainer.strategy, DDPStrategy):
+        if isinstance(trainer.strategy, _DDP):
             trainer.strategy.model = pl_module
             trainer.strategy.configure_ddp()
         trainer.strategy.setup_optimizers(trainer)
