@@ -17,6 +17,13 @@ from torchclust.lightning import WeightClustering, trees
 BOTH = [name for name in trees.TREES if importlib.util.find_spec(name.partition(".")[0])]
 each = pytest.mark.parametrize("tree", list(map(importlib.import_module, BOTH)), ids=BOTH)
 
+pytestmark = [
+    # Lightning 2.6.6 uses a name that torch 2.13 deprecated, 2026-11.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated"),
+    # Lightning's advice on loaders; worker processes would only slow these tests.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+]
+
 
 def module_of(tree: ModuleType) -> Any:
     class Net(tree.LightningModule):

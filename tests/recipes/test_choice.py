@@ -286,7 +286,7 @@ def test_labels_are_not_read_for_a_budget(tmp_path: Path, monkeypatch) -> None:
     for file in tmp_path.glob("*.pt"):
         if not file.name.startswith(("train", "control")):
             file.unlink()
-    prepared.data.train.labels[:] = 0
+    prepared.task.make_data().train_dataloader().dataset.labels[:] = 0
     assert train_networks(prepared, trained).chosen == first
 
 

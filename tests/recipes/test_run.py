@@ -18,8 +18,11 @@ from torchclust import named_clusterings
 from torchclust.recipes import prepare as preparing
 from torchclust.recipes import stages
 from torchclust.recipes.artifacts import zipped_size
+from torchclust.recipes.classifier import Classifier
 from torchclust.recipes.kept import Stages
 from torchclust.recipes.load import load_recipe, parse_recipe
+from torchclust.recipes.loaders import of_loaders
+from torchclust.recipes.metric import Metric
 from torchclust.recipes.prepare import prepare
 from torchclust.recipes.report import gains, markdown
 from torchclust.recipes.run import run_recipe
@@ -28,8 +31,8 @@ from torchclust.recipes.stages import train_networks
 from torchclust.recipes.sweep import _plot, front, plan, run_sweep
 from torchclust.recipes.sweep import markdown as markdown_of_sweep
 from torchclust.recipes.training import GradualPruning, fit, prunable
-from torchclust.zoo.dataset import loader
 
+PERCENT = Metric("accuracy", "max", "%")
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = {
     "name": "small",
@@ -64,6 +67,12 @@ def _noise(monkeypatch) -> None:
     monkeypatch.setattr(preparing, "load_data", fake_data)
 
 
+def trained(model: torch.nn.Module, batches: DataLoader, callbacks: list) -> None:
+    """One epoch with Adam at 0.01."""
+    data = of_loaders(pl, train=batches)
+    fit(Classifier(model, 1e-2), data, epochs=1, seed=0, callbacks=callbacks, progress=False)
+
+
 def without_times(report: dict) -> dict:
     return {key: value for key, value in report.items() if key != "seconds"}
 
@@ -71,28 +80,31 @@ def without_times(report: dict) -> dict:
 def test_the_control_trains_as_long_from_the_same_start(tmp_path: Path) -> None:
     prepared = prepare(parse_recipe(SMALL))
     networks = train_networks(prepared, Stages(tmp_path, progress=False))
-    expected = copy.deepcopy(networks.trained)
-    batches = loader(prepared.data.train, 8, seed=0)
-    fit(expected, batches, epochs=1, lr=0.5 * 1e-3, seed=0, progress=False)
+    expected = Classifier(copy.deepcopy(networks.trained), 0.5 * 1e-3)
+    fit(expected, prepared.task.make_data(), epochs=1, seed=0, progress=False)
     for name, value in networks.control.state_dict().items():
-        assert torch.equal(value, expected.state_dict()[name])
+        assert torch.equal(value, expected.model.state_dict()[name])
         assert not torch.equal(value, networks.trained.state_dict()[name])
 
 
 def test_rates_and_epochs_of_every_stage(tmp_path: Path, monkeypatch) -> None:
-    fits = []
+    fits, rates = [], []
 
-    def spy(model, batches, *, epochs, lr, callbacks=(), **rest):
-        scale = [c.lr_scale for c in callbacks if hasattr(c, "lr_scale")]
-        fits.append((epochs, lr * (scale[0] if scale else 1)))
-        return fit(model, batches, epochs=epochs, lr=lr, callbacks=callbacks, **rest)
+    def spy(module, data, *, epochs, callbacks=(), **rest):
+        module = fit(module, data, epochs=epochs, callbacks=[*callbacks, Rates()], **rest)
+        fits.append((epochs, rates.pop()))
+        return module
+
+    class Rates(pl.Callback):
+        def on_train_end(self, trainer, *_) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     monkeypatch.setattr(stages, "fit", spy)
     content = {**SMALL, "prune": {"sparsity": 0.5, "epochs": 3}, "train": {"epochs": 2, "lr": 0.01}}
     content["cluster"] = {"preserve_sparsity": True}
     train_networks(prepare(parse_recipe(content)), Stages(tmp_path, progress=False))
-    rates = [(2, 0.01), (3, 0.01), (1, 0.005), (3, 0.01), (1, 0.005)]
-    assert fits == rates  # train, then the control's two, then prune and finetune
+    expected = [(2, 0.01), (3, 0.01), (1, 0.005), (3, 0.01), (1, 0.005)]
+    assert fits == expected  # train, then the control's two, then prune and finetune
 
 
 @pytest.mark.parametrize("quantize", [False, True])
@@ -108,9 +120,10 @@ def test_without_labels_none_is_read(tmp_path: Path, monkeypatch, quantize: bool
     for stage in ("cluster", "distill"):
         next(tmp_path.glob(f"{stage}-*")).unlink()
     monkeypatch.setattr(stages, "fit", None)
-    prepared.data.train.labels[:] = 0
+    train = prepared.task.make_data().train_dataloader().dataset
+    train.labels[:] = 0
     again = train_networks(prepared, Stages(tmp_path, progress=False))
-    images = prepared.data.train[list(range(40))][0]
+    images = train[list(range(40))][0]
     with torch.no_grad():
         outputs = [net(images) for net in (networks.trained, networks.compressed, again.compressed)]
         clustered = preparing.clustered_copy(prepared.recipe, networks.trained).eval()(images)
@@ -141,9 +154,8 @@ def test_pruning_rises_to_its_share_and_leaves_plain_parameters() -> None:
             shares.append((model[2].weight == 0).float().mean().item())
 
     images = TensorDataset(torch.randn(160, 4, 6, 6), torch.arange(160) % 10)
-    batches = DataLoader(images, batch_size=4)
     callbacks = [GradualPruning(0.75), Watch()]
-    fit(model, batches, epochs=1, lr=1e-2, seed=0, callbacks=callbacks, progress=False)
+    trained(model, DataLoader(images, batch_size=4), callbacks)
     assert set(model.state_dict()) == names
     assert shares == sorted(shares)
     assert shares[0] < 0.2
@@ -155,10 +167,7 @@ def test_pruned_zeros_are_all_of_one_kind(tmp_path: Path) -> None:
     """A mask times a negative weight is -0.0: left so, the same zeros cost a packed file more."""
     images = TensorDataset(torch.randn(64, 1, 8, 8), torch.arange(64) % 10)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 100))
-    callbacks = [GradualPruning(0.9)]
-    fit(
-        model, DataLoader(images, 4), epochs=1, lr=1e-2, seed=0, callbacks=callbacks, progress=False
-    )
+    trained(model, DataLoader(images, 4), [GradualPruning(0.9)])
     weight = model[1].weight
     zeros = weight == 0
     assert zeros.float().mean() == pytest.approx(0.9, abs=0.01)
@@ -293,7 +302,7 @@ def test_ctrl_c_inside_lightning_is_a_keyboard_interrupt() -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
     batches = DataLoader(TensorDataset(torch.randn(2, 1, 2, 2), torch.arange(2)))
     with pytest.raises(KeyboardInterrupt):
-        fit(model, batches, epochs=1, lr=1e-3, seed=0, callbacks=[Press()], progress=False)
+        trained(model, batches, [Press()])
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -343,7 +352,7 @@ def test_sweep_plots_what_was_measured(tmp_path: Path) -> None:
         return {"label": label, "int8 accuracy, %": 89.0, **sizes, **baseline, **rest}
 
     for flash in (3000, None, 0):
-        _plot([row("a", flash, 2000), row("b", flash, 1000)], tmp_path / f"{flash}.png")
+        _plot([row("a", flash, 2000), row("b", flash, 1000)], tmp_path / f"{flash}.png", PERCENT)
         assert (tmp_path / f"{flash}.png").read_bytes().startswith(b"\x89PNG")
     assert "cycles" not in markdown_of_sweep([row("a", 3000, 2000)])
     assert "| a | 89.00 |" in markdown_of_sweep([row("a", 3000, 2000)])

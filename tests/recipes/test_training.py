@@ -9,8 +9,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchclust.export import to_tflite
-from torchclust.recipes.artifacts import tflite_accuracy
-from torchclust.recipes.training import accuracy, fit
+from torchclust.export.file_network import FileNetwork
+from torchclust.recipes.classifier import Classifier, accuracy
+from torchclust.recipes.loaders import of_loaders
+from torchclust.recipes.training import fit
 
 BATCHES = DataLoader(TensorDataset(torch.randn(16, 6), torch.arange(16) % 3), batch_size=8)
 
@@ -27,8 +29,8 @@ def test_what_ends_training_is_what_the_caller_sees(
             raise raised
 
     with pytest.raises(seen) as found:
-        fit(nn.Linear(6, 3), BATCHES, epochs=1, lr=0.1, seed=0, callbacks=[Ending()],
-            progress=False)  # fmt: skip
+        fit(Classifier(nn.Linear(6, 3)), of_loaders(pl, train=BATCHES), epochs=1, seed=0,
+            callbacks=[Ending()], progress=False)  # fmt: skip
     if seen is not KeyboardInterrupt:
         assert found.value is raised
 
@@ -42,6 +44,8 @@ def test_a_files_accuracy_is_the_models(channels_last: bool, tmp_path: Path) -> 
     labels = model(images).argmax(1)
     labels[:10] = (labels[:10] + 1) % 4
     path = tmp_path / "a.tflite"
-    to_tflite(model, images[:1], path, calibration=None, float=True, channels_last=channels_last)
+    done = to_tflite(
+        model, images[:1], path, calibration=None, float=True, channels_last=channels_last
+    )
     batches = list(zip(images.split(16), labels.split(16), strict=True))
-    assert tflite_accuracy(path, batches) == accuracy(model, batches) == 75
+    assert accuracy(FileNetwork(done, model, [images]), batches) == accuracy(model, batches) == 75

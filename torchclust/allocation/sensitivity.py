@@ -10,10 +10,11 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from torchclust.allocation.encoded_size import Measure, encoded_bytes
 from torchclust.allocation.knapsack import Choice
@@ -23,7 +24,9 @@ from torchclust.weight.config import ClusterConfig
 
 CANDIDATES = (2, 4, 6, 8, 12, 16, 24, 32, 64)
 """Numbers of clusters that are tried; odd int8 codebooks hold one code less."""
-_AT_ONCE = 250  # images
+_AT_ONCE = 250  # samples
+
+Distance: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
 def fisher_information(
@@ -74,38 +77,38 @@ def fisher_information(
 def sensitivity_curves(
     model: nn.Module,
     configs: Mapping[str, Sequence[ClusterConfig]],
-    images: Tensor,
+    inputs: Tensor | Sequence[Tensor],
     measure: Measure,
     *,
+    distance: Distance | None = None,
     seed: int = 0,
 ) -> dict[str, list[Choice]]:
     """Cluster one tensor at a time, in each of several ways, and see what it costs and spoils.
 
-    The loss of a choice is the mean Kullback-Leibler divergence, in nats, of the model's class
-    probabilities from those before clustering. To second order that is half the Fisher information
-    along the change of the weights, all of it and not its diagonal; and unlike that it also holds
-    where the change is large, as with three codes. It needs no labels.
+    The loss of a choice is the distance of the model's outputs from those before clustering. It
+    needs no labels.
 
     Args:
-        model: a classifier, plain or pruned, in any mode; it stays unchanged.
+        model: plain or pruned, in any mode; it stays unchanged.
         configs: how to try which tensor, for example `candidates` by name.
-        images: inputs, (n, ...); a thousand are enough.
+        inputs: the model's, one tensor (n, ...) each; a thousand samples are enough.
         measure: bytes of an encoded tensor, for example
             `torchclust.allocation.encoded_size.entropy_bytes`.
+        distance: of outputs, by default `class_divergence`.
         seed: for the inits that draw at random.
 
     Returns:
         For every tensor its choices, in the order of its configurations.
     """
     start = copy.deepcopy(model).eval()
-    before = _log_probabilities(start, images)
+    apart = distance or class_divergence
+    before = _outputs(start, inputs)
     curves: dict[str, list[Choice]] = {name: [] for name in configs}
     for name, config in ((name, config) for name, tried in configs.items() for config in tried):
         clustered = cluster_(copy.deepcopy(start), {name: config}, seed=seed)
-        after = _log_probabilities(clustered, images)
-        divergence = float((before.exp() * (before - after)).sum(1).mean())
+        loss = float(apart(_outputs(clustered, inputs), before))
         n_bytes = encoded_bytes(clustered, measure, [name])[name]
-        curves[name].append(Choice(config.n_clusters, n_bytes, max(0.0, divergence)))
+        curves[name].append(Choice(config.n_clusters, n_bytes, max(0.0, loss)))
     return curves
 
 
@@ -117,10 +120,24 @@ def candidates(config: ClusterConfig, n_elements: int) -> list[ClusterConfig]:
     ]
 
 
-def _log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
+def class_divergence(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Return the mean Kullback-Leibler divergence of class probabilities, in nats, from logits.
+
+    To second order that is half the Fisher information along the change of the weights, all of it
+    and not its diagonal; and unlike that it also holds where the change is large, as with three
+    codes.
+    """
+    after, before = (logits[0].double().log_softmax(1) for logits in (outputs, wanted))
+    return (before.exp() * (before - after)).sum(1).mean()
+
+
+def _outputs(model: nn.Module, inputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Return what a model gives for all samples, one tensor for each of its outputs."""
+    columns = [inputs] if isinstance(inputs, Tensor) else inputs
+    batches = [column.split(_AT_ONCE) for column in columns]
     with torch.inference_mode():
-        logits = [model(part) for part in images.split(_AT_ONCE)]
-    return torch.cat(logits).double().log_softmax(1)
+        parts = [tree_leaves(model(*part)) for part in zip(*batches, strict=True)]
+    return [torch.cat(values) for values in zip(*parts, strict=True)]
 
 
 def _gradients(

@@ -63,6 +63,7 @@ def sweep(args: Namespace) -> Any:
         args.recipe,
         args.settings,
         args.output,
+        jobs=args.jobs,
         resume=args.resume,
         overwrite=args.overwrite,
         say=_say(args),
@@ -90,10 +91,10 @@ def export(args: Namespace) -> Any:
     """Write a checkpoint of a recipe's model as a .tflite file and show what is in that."""
     from torchclust.cli.file_report import describe
     from torchclust.export import to_tflite
+    from torchclust.recipes.checkpoint import load_checkpoint_
     from torchclust.recipes.load import load_recipe
-    from torchclust.recipes.prepare import load_checkpoint_, prepare
+    from torchclust.recipes.prepare import prepare
     from torchclust.recipes.schema import ExportSection
-    from torchclust.zoo.dataset import samples
 
     if not args.tflite.parent.is_dir():
         raise InputError(
@@ -101,12 +102,15 @@ def export(args: Namespace) -> Any:
             f"mkdir -p {args.tflite.parent}"
         )
     recipe = load_recipe(args.recipe, args.settings)
-    prepared = prepare(recipe)
-    model = load_checkpoint_(prepared.model, args.checkpoint).eval()
+    task = prepare(recipe).task
+    # A module's checkpoint is all of it, a model's is the network alone.
+    load_checkpoint_(task.module if recipe.module else task.network(task.module), args.checkpoint)
     count = (recipe.export or ExportSection()).calibration_samples  # type: ignore[call-arg]
-    calibration = samples(prepared.data.train, count, seed=recipe.seed)
+    inputs = task.inputs(task.module, count, recipe.seed)
+    example = tuple(column[:1] for column in inputs)
     _say(args)(f"export {args.tflite} ...")
-    to_tflite(model, calibration[:1], args.tflite, calibration=[calibration], float=args.float)
+    network = task.network(task.module).eval()
+    to_tflite(network, example, args.tflite, calibration=[inputs], float=args.float)
     described = describe(args.tflite)
     if _tables(args):
         print(described.text)

@@ -123,6 +123,9 @@ def parser() -> argparse.ArgumentParser:
     )
     _recipe_arguments(sweep, "several values, with commas between them, are run one by one")
     _output_arguments(sweep, "runs/NAME_sweep")
+    sweep.add_argument(
+        "--jobs", "-j", type=int, default=1, metavar="N", help="runs at a time, default 1"
+    )
 
     report = _command(all_commands, "report", commands.report, "what is in a file of weights")
     _file(report, "file", "a .tflite file, a checkpoint, or a packed model")
@@ -266,5 +269,6 @@ def _how_to_resume(args: argparse.Namespace) -> str:
     words = ["torchclust", args.command, str(args.recipe)]
     words += [word for setting in args.settings for word in ("--set", setting)]
     words += ["--output", str(args.output)] if args.output else []
+    words += ["--jobs", str(args.jobs)] if getattr(args, "jobs", 1) > 1 else []
     words += [f"--{name}" for name in ("json", "quiet") if getattr(args, name)]
     return f"; what is finished is kept. Go on with:\n  {shlex.join([*words, '--resume'])}"

@@ -48,6 +48,11 @@ class Deployed(nn.Module):
         outputs = self.traced.run(args)
         return tuple(channels_last(y) if self.last and y.ndim == 4 else y for y in outputs)
 
+    @torch.no_grad()
+    def moved_outputs(self, example: Sequence[Tensor]) -> tuple[bool, ...]:
+        """Per output whether the file's has its channels last."""
+        return tuple(self.last and y.ndim == 4 for y in self(*example))
+
 
 @dataclass(frozen=True, eq=False)
 class Prepared:

@@ -66,6 +66,8 @@ class TFLiteExport:
         float_operators: operators left in float, which an int8 accelerator leaves to the CPU.
         inputs: names, shapes, types and quantization, in the order of the model's.
         outputs: likewise.
+        channels_last: per input, and per output, whether the file's has its channels last where
+            the model's has them first.
     """
 
     path: Path
@@ -80,6 +82,7 @@ class TFLiteExport:
     float_operators: tuple[OperatorRow, ...]
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    channels_last: tuple[tuple[bool, ...], tuple[bool, ...]]
 
 
 def to_tflite(
@@ -252,6 +255,7 @@ def _result(
         ),
         inputs=tuple(port(t) for t in graph.inputs),
         outputs=tuple(port(t) for t in graph.outputs),
+        channels_last=(prepared.module.moved, prepared.module.moved_outputs(prepared.example)),
     )
 
 

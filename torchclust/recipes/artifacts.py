@@ -4,43 +4,46 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
-from torchclust.export import TFLiteExport, VelaReport, inspect_tflite, to_tflite, vela
-from torchclust.export.runner import Runner
+from torchclust.export.file_network import FileNetwork
+from torchclust.export.tflite import TFLiteExport, to_tflite
+from torchclust.export.vela import VelaReport, vela
 from torchclust.recipes.kept import Result, Stages, origin
 from torchclust.recipes.prepare import Prepared
-from torchclust.recipes.stages import EVALUATION_BATCH, Networks
-from torchclust.zoo.dataset import Batch, loader, samples
+from torchclust.recipes.stages import Networks
 
-TFLITE_FILES = ("float.tflite", "clustered_float.tflite", "int8.tflite", "baseline_int8.tflite")
+TFLITE_FILES = {
+    "float.tflite": "trained",
+    "clustered_float.tflite": "compressed",
+    "int8.tflite": "compressed",
+    "baseline_int8.tflite": "control",
+}
 VELA_FOLDER = "vela"
 
 
 def export_files(prepared: Prepared, networks: Networks, output: Path, stages: Stages) -> Result:
-    """Write the .tflite files into `output`: {file: sizes, tensors, accuracy, agreement}."""
-    recipe, data = prepared.recipe, prepared.data
+    """Write the .tflite files into `output`: {file: sizes, tensors, metric, agreement}."""
+    recipe, task = prepared.recipe, prepared.task
     assert recipe.export is not None
-    calibration = samples(data.train, recipe.export.calibration_samples, seed=recipe.seed)
-    models = (networks.trained, networks.compressed, networks.compressed, networks.control)
+    count, modules = recipe.export.calibration_samples, networks.modules
 
     def compute() -> Result:
         found: Result = {}
-        for name, model in zip(TFLITE_FILES, models, strict=True):
-            if model is None:
+        inputs = task.inputs(modules["trained"], count, recipe.seed)
+        example = tuple(column[:1] for column in inputs)
+        for name, which in TFLITE_FILES.items():
+            if which not in modules:
                 continue
             stages.say(f"  {name}")
-            path, is_float = output / name, "float" in name
-            done = to_tflite(
-                model, calibration[:1], path, calibration=[calibration], float=is_float
-            )
+            path, is_float, module = output / name, "float" in name, modules[which]
+            network = task.network(module)
+            done = to_tflite(network, example, path, calibration=[inputs], float=is_float)
             found[name] = _described(done)
             if not is_float:
-                found[name]["accuracy"] = tflite_accuracy(path, loader(data.test, EVALUATION_BATCH))
+                file = FileNetwork(done, network, example)
+                found[name]["accuracy"] = task.score(module, forward=file)
         return found
 
     return stages.result(
@@ -77,30 +80,6 @@ def compile_files(prepared: Prepared, output: Path, stages: Stages) -> Result:
             if "." in name
         ),
     )
-
-
-def tflite_accuracy(path: Path, batches: Iterable[Batch]) -> float:
-    """Return the percentage of images that a .tflite file classifies as labelled.
-
-    On one thread of LiteRT's fast kernels: the reference kernels, which equal the
-    microcontroller's to the bit, take minutes for 10,000 images, and single small images gain
-    nothing from more threads.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # where Runner takes its number from
-    try:
-        run = Runner(path.read_bytes(), reference=False)
-    finally:
-        torch.set_num_threads(threads)
-    shape = inspect_tflite(path).inputs[0].shape
-    right = total = 0
-    for images, labels in batches:
-        if images.shape[1:] != shape[1:]:
-            images = images.permute(0, 2, 3, 1).contiguous()
-        for image, label in zip(images, labels.tolist(), strict=True):
-            right += int(run([image[None]])[0].argmax()) == label
-            total += 1
-    return 100 * right / total
 
 
 def zipped_size(path: Path) -> int:

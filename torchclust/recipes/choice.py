@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +23,15 @@ from torch import Tensor, nn
 
 from torchclust.allocation.encoded_size import Measure, encoded_bytes, entropy_bytes, vela_bytes
 from torchclust.allocation.knapsack import Allocation, Allocations, Choice, Curves, rescaled
-from torchclust.allocation.sensitivity import candidates, sensitivity_curves
+from torchclust.allocation.sensitivity import Distance, candidates, sensitivity_curves
 from torchclust.model.clustering import named_clusterings
 from torchclust.model.slots import decisions
 from torchclust.recipes.prepare import clustered_copy
 from torchclust.recipes.schema import ClusterSection, Recipe, RecipeError
-from torchclust.recipes.training import accuracy
 from torchclust.weight.config import ClusterConfig
-from torchclust.zoo.dataset import Batch
 
-IMAGES = 1024  # unlabelled training images behind every loss
-LABELLED = 4000  # training images behind every accuracy
+SAMPLES = 1024  # unlabelled training samples behind every loss
+LABELLED = 4000  # training samples behind every accuracy
 _ROUNDS = 3  # of fine-tuning and correcting; one is usual
 _FIRST = 0.99  # of the budget: what is filled at first, as fine-tuning may add a little
 _BETTER = 0.9  # of the loss: what makes another round worth its time
@@ -100,7 +98,12 @@ def tensor_configs(recipe: Recipe, model: nn.Module) -> tuple[dict[str, ClusterC
     return configs, {name for name, config in configs.items() if config.n_clusters == marker}
 
 
-def curves_of(recipe: Recipe, model: nn.Module, images: Tensor) -> dict[str, list[Choice]]:
+def curves_of(
+    recipe: Recipe,
+    model: nn.Module,
+    inputs: Tensor | Sequence[Tensor],
+    distance: Distance | None = None,
+) -> dict[str, list[Choice]]:
     """Return the choices of every weight tensor, free or not; of one that is not there is one."""
     configs, free = tensor_configs(recipe, model)
     sizes = {name: value.numel() for name, value, _ in decisions(model) if value.dim() > 1}
@@ -110,7 +113,7 @@ def curves_of(recipe: Recipe, model: nn.Module, images: Tensor) -> dict[str, lis
         if name in sizes
     }
     measure = measure_of(recipe)
-    found = sensitivity_curves(model, tried, images, measure, seed=recipe.seed)
+    found = sensitivity_curves(model, tried, inputs, measure, distance=distance, seed=recipe.seed)
     plain = encoded_bytes(model, measure, sizes)
     return {name: found.get(name) or [Choice(None, plain[name], 0.0)] for name in sizes}
 
@@ -119,7 +122,7 @@ def choose(
     recipe: Recipe,
     start: nn.Module,
     curves: Curves,
-    labelled: Iterable[Batch],
+    lost: Callable[[ClusterSection], float],
     train: Callable[[ClusterSection], nn.Module],
 ) -> Chosen:
     """Choose every free tensor's number of clusters, as the recipe's section ``cluster`` asks.
@@ -128,7 +131,8 @@ def choose(
         recipe: whose section ``cluster`` has a `budget` or a `max_accuracy_drop`.
         start: the model that is to be clustered.
         curves: of `curves_of`, before fine-tuning.
-        labelled: batches of training images for `max_accuracy_drop`; read several times.
+        lost: how much worse the training data's metric is with another section ``cluster``, before
+            fine-tuning.
         train: clusters and fine-tunes a copy of `start` with another section ``cluster``.
 
     Raises:
@@ -149,10 +153,6 @@ def choose(
             section_of,
             lambda chosen: encoded_bytes(train(chosen), measure, curves),
         )
-
-    def lost(chosen: ClusterSection) -> float:
-        clustered = clustered_copy(recipe.model_copy(update={"cluster": chosen}), start)
-        return accuracy(start.eval(), labelled) - accuracy(clustered.eval(), labelled)
 
     assert section.max_accuracy_drop is not None
     return _within_drop(section.max_accuracy_drop, curves, section_of, lost)

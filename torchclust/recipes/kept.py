@@ -8,8 +8,10 @@ import json
 import os
 import pickle
 import platform
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,11 @@ import torch
 
 from torchclust.recipes.prepare import Prepared
 
+if sys.platform != "win32":
+    import fcntl
+
 Result = dict[str, Any]
+SUBJECT = ("seed", "data", "model", "module", "metric", "score", "trainer", "train")
 
 
 @dataclass
@@ -53,45 +59,55 @@ class Stages:
         text = json.dumps([versions(), depends], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         file = self.folder / f"{name}-{digest}.pt"
-        if file.exists():
+        with _alone(file):
             stored = _load(file)
             if stored is not None and is_whole(stored):
                 self.say(f"{name}: done before")
                 self.seconds[name] = stored["seconds"]
                 return stored
-        self.say(f"{name} ...")
-        started = time.perf_counter()
-        computed = compute()
-        self.seconds[name] = round(time.perf_counter() - started, 2)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        torch.save({**computed, "seconds": self.seconds[name]}, partial)
-        os.replace(partial, file)
+            self.say(f"{name} ...")
+            started = time.perf_counter()
+            computed = compute()
+            self.seconds[name] = round(time.perf_counter() - started, 2)
+            partial = file.with_suffix(".partial")
+            torch.save({**computed, "seconds": self.seconds[name]}, partial)
+            os.replace(partial, file)
         return computed
 
 
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Let one process at a time see to a file; the lock goes with the process, killed or not."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".lock").open("w") as lock:
+        if sys.platform != "win32":
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _load(file: Path) -> Result | None:
-    """Return a stored result, or None where the file was damaged since."""
+    """Return a stored result, or None where there is none, or it was damaged since."""
     try:
         stored: Result = torch.load(file, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
         return None
     return stored
 
 
 def origin(prepared: Prepared) -> dict[str, Any]:
-    """Return what every stage depends on: seed, data, training, and the model as it is built.
+    """Return what every stage depends on: seed, data, training, and the module as it is built.
 
-    The model by its printed form and its tensors: a user's own network changes while its name in
-    the recipe stays, and a result of the old one must not be taken for the new one's.
+    The module by its printed form, its tensors and the user's source: what is behind a name in the
+    recipe changes, and a result of the old one must not be taken for the new one's.
     """
-    recipe, model = prepared.recipe, prepared.model
+    recipe, module = prepared.recipe, prepared.task.module
     dumped = recipe.to_dict()
-    found = {key: dumped.get(key) for key in ("seed", "data", "model", "train")}
-    found["layers"] = repr(model)
-    found["tensors"] = {name: list(value.shape) for name, value in model.state_dict().items()}
-    if recipe.model.checkpoint is not None:
-        found["checkpoint"] = hashlib.sha256(recipe.model.checkpoint.read_bytes()).hexdigest()
+    found = {key: dumped.get(key) for key in SUBJECT}
+    found["layers"] = repr(module)
+    found["tensors"] = {name: list(value.shape) for name, value in module.state_dict().items()}
+    if recipe.subject.checkpoint is not None:
+        found["checkpoint"] = hashlib.sha256(recipe.subject.checkpoint.read_bytes()).hexdigest()
+    found |= prepared.task.depends
     return found
 
 
@@ -101,8 +117,8 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torchclust": importlib.metadata.version("torchclust"),
     }
-    for name in ("torch", "numpy", "pytorch-lightning", "litert-torch", "ai-edge-quantizer",
-                 "ai-edge-litert", "ethos-u-vela"):  # fmt: skip
+    for name in ("torch", "numpy", "pytorch-lightning", "lightning", "litert-torch",
+                 "ai-edge-quantizer", "ai-edge-litert", "ethos-u-vela"):  # fmt: skip
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -13,7 +13,8 @@ from pydantic import (
     ValidationError,
 )
 
-from torchclust.recipes.schema import Recipe, RecipeError, nearest
+from torchclust.recipes.schema import Recipe
+from torchclust.recipes.section import RecipeError, nearest
 
 
 def load_recipe(file: Path | str, settings: Iterable[str] = ()) -> Recipe:
@@ -39,7 +40,13 @@ def load_recipe(file: Path | str, settings: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"{file} is not a recipe: it holds no 'key: value' lines")
     for setting in settings:
         override(content, setting)
+    if any(_has_target(content.get(key)) for key in ("data", "model", "module")):
+        content.setdefault("folder", str(Path(file).parent))
     return parse_recipe(content, source=str(file))
+
+
+def _has_target(section: Any) -> bool:
+    return isinstance(section, dict) and "target" in section
 
 
 def parse_recipe(content: Mapping[str, Any], *, source: str = "recipe") -> Recipe:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchclust.model.clustering import Clustering, named_clusterings
+from torchclust.recipes.metric import Metric
 
 BEFORE, AFTER, MARK = "#9aa5b1", "#1f6feb", "#d1242f"
 
@@ -38,7 +39,7 @@ def plot(
     bands = list(figure.subfigures(1 + rows, 1, height_ratios=heights, squeeze=False).flat)
     sizes, accuracies = bands[0].subplots(1, 2, width_ratios=[2, 1])
     _plot_sizes(sizes, report)
-    _plot_accuracies(accuracies, report["accuracy"])
+    _plot_accuracies(accuracies, report["accuracy"], Metric(**report["metric"]))
     panels = [panel for band in bands[1:] for panel in band.subplots(1, columns)]
     if rows:
         text = "Weights before clustering (grey) and the values that they share since (red)"
@@ -88,7 +89,7 @@ def _plot_sizes(axes: Axes, report: Mapping[str, Any]) -> None:
     _plain_frame(axes)
 
 
-def _plot_accuracies(axes: Axes, accuracy: Mapping[str, float | None]) -> None:
+def _plot_accuracies(axes: Axes, accuracy: Mapping[str, float | None], metric: Metric) -> None:
     """Draw a dot per model, as the differences are far smaller than the values."""
     labels = {
         "float": "trained, float",
@@ -101,18 +102,24 @@ def _plot_accuracies(axes: Axes, accuracy: Mapping[str, float | None]) -> None:
     }
     values = {label: accuracy.get(key) for key, label in labels.items()}
     known = {label: value for label, value in values.items() if value is not None}
-    axes.set_title("Accuracy on the test images, %", loc="left", fontsize=10)
+    axes.set_title(_heading(metric), loc="left", fontsize=10)
     for place, (label, value) in enumerate(known.items()):
         colour = BEFORE if label in list(labels.values())[:3] else AFTER
         axes.plot(value, place, "o", color=colour, markersize=9)
-        axes.text(value, place, f"    {value:.2f}", va="center", fontsize=9)
+        axes.text(value, place, f"    {metric.number(value)}", va="center", fontsize=9)
     axes.set_yticks(range(len(known)), list(known))
     axes.invert_yaxis()
     low, high = min(known.values()), max(known.values())
-    room = max(high - low, 0.5)
+    # Of a percentage half a point fills the axis at least, of other numbers half a hundredth.
+    room = max(high - low, 0.5 if metric.unit == "%" else 0.005 * max(abs(low), abs(high)) or 1.0)
     axes.set_xlim(low - 0.3 * room, high + 0.6 * room)
     axes.grid(axis="y", color="#e5e7eb")
     _plain_frame(axes)
+
+
+def _heading(metric: Metric) -> str:
+    better = {"max": "larger is better", "min": "smaller is better"}[metric.mode]
+    return f"{metric.title} on the test data: {metric.unit or better}"
 
 
 def _plot_weights(axes: Axes, name: str, weight: Tensor, clustering: Clustering) -> None:

@@ -1,28 +1,36 @@
-"""From a checked recipe to its data and its starting model; nothing is written to disk.
+"""From a checked recipe to its task; nothing is written to disk.
 
 What only data and models can tell is found here, before a run begins: a misspelt network, a
-missing data set, a checkpoint that does not fit, a clustering rule that matches nothing.
+missing data set, a checkpoint that does not fit, a clustering rule that matches nothing, a module
+that can not take a step.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
-import inspect
-import pickle
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from torchclust.allocation.sensitivity import class_divergence
 from torchclust.export.vela import ACCELERATORS
+from torchclust.lightning.trees import installed
 from torchclust.model.cluster import cluster_
 from torchclust.model.clustering import is_clustered
-from torchclust.model.restore import restore_
-from torchclust.recipes.schema import DataSection, ModelSection, Recipe, RecipeError, nearest
+from torchclust.recipes import own
+from torchclust.recipes.checkpoint import load_checkpoint_
+from torchclust.recipes.classifier import Classifier, accuracy
+from torchclust.recipes.loaders import named_data
+from torchclust.recipes.metric import Metric
+from torchclust.recipes.schema import Recipe
+from torchclust.recipes.section import RecipeError, nearest
+from torchclust.recipes.subject import DataSection, ModelSection
+from torchclust.recipes.targets import called, check_arguments, import_target
+from torchclust.recipes.task import Task, by_function
 from torchclust.zoo.data import DATASETS
 from torchclust.zoo.dataset import Data, DataError
 from torchclust.zoo.networks import MODELS
@@ -30,11 +38,15 @@ from torchclust.zoo.networks import MODELS
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe with its data and its starting model."""
+    """A recipe with its task."""
 
     recipe: Recipe
-    data: Data
-    model: nn.Module
+    task: Task
+
+    @property
+    def model(self) -> nn.Module:
+        """The network as it starts."""
+        return self.task.network(self.task.module)
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -46,57 +58,77 @@ def prepare(recipe: Recipe) -> Prepared:
     if recipe.vela is not None and recipe.vela.accelerator not in ACCELERATORS:
         given = recipe.vela.accelerator
         raise RecipeError(f"vela.accelerator: no {given!r}; {nearest(given, ACCELERATORS)}")
-    data = load_data(recipe.data)
-    model = build_model(recipe.model, data, recipe.seed)
+    named = load_data(recipe.data) if recipe.data.name else None
+    task = own.task_of(recipe, named) if recipe.module else classification(recipe, named)
+    prepared = Prepared(recipe, task)
     if recipe.cluster is not None:
         try:
-            tried = clustered_copy(recipe, model)
+            tried = clustered_copy(recipe, prepared.model)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"cluster: {' '.join(str(error).split())}") from error
         if not is_clustered(tried):
             raise RecipeError("cluster: the rules leave every tensor alone; leave the section out")
-    return Prepared(recipe, data, model)
+    return prepared
 
 
-def clustered_copy(recipe: Recipe, model: nn.Module, inputs: Tensor | None = None) -> nn.Module:
-    """Return a copy of `model`, clustered as the recipe says (it must have that section).
+def classification(recipe: Recipe, data: Data | None) -> Task:
+    """Return the task of a recipe that names a model: images of a named data set, accuracy."""
+    assert recipe.model is not None
+    assert data is not None
+    model = build_model(recipe.model, data, recipe.seed, recipe.folder)
+    loading = (installed()[0], data, recipe.data.batch_size, recipe.seed)
+    return Task(
+        module=Classifier(model, recipe.lr),
+        exports="model",
+        make_data=functools.partial(named_data, *loading),
+        judge=by_function(accuracy),
+        metric=Metric("accuracy", "max", "%"),
+        distance=class_divergence,
+        options=recipe.trainer,
+    )
 
-    With `inputs`, unlabelled images, it is clustered for the outputs that they give.
+
+def clustered_copy(recipe: Recipe, network: nn.Module) -> nn.Module:
+    """Return a copy of `network`, clustered as the recipe says (it must have that section)."""
+    return cluster_network_(recipe, copy.deepcopy(network))
+
+
+def cluster_network_(recipe: Recipe, network: nn.Module, inputs: Any = None) -> nn.Module:
+    """Cluster `network` as the recipe says, in place.
+
+    With `inputs`, unlabelled ones, it is clustered for the outputs that they give.
     """
     section = recipe.cluster
     if section is None:
         raise RecipeError("the recipe has no section cluster; add one:  cluster: {n_clusters: 16}")
     rules = section.all_rules
-    return cluster_(copy.deepcopy(model), rules, inputs=inputs, seed=recipe.seed, **section.options)
+    return cluster_(network, rules, inputs=inputs, seed=recipe.seed, **section.options)
 
 
 def load_data(section: DataSection) -> Data:
     """Load the data set that a recipe names, with the section's other keys as its arguments."""
-    load = DATASETS.get(section.name)
+    name = str(section.name)
+    load = DATASETS.get(name)
     if load is None:
-        meant = nearest(section.name, DATASETS)
-        raise RecipeError(f"data.name: no data set {section.name!r}; {meant}")
-    given = section.model_dump(exclude={"name", "batch_size"}, exclude_none=True)
-    _check_arguments("data", section.name, load, given)
+        raise RecipeError(f"data.name: no data set {name!r}; {nearest(name, DATASETS)}")
+    check_arguments("data", name, load, section.arguments)
     try:
-        return load(**given)
+        return load(**section.arguments)
     except DataError as error:
         raise DataError(f"data: {error}") from error
 
 
-def build_model(section: ModelSection, data: Data, seed: int) -> nn.Module:
+def build_model(
+    section: ModelSection, data: Data, seed: int, folder: str | None = None
+) -> nn.Module:
     """Build the network that a recipe names, seeded, and load its checkpoint if it has one."""
-    label, build = _builder(section)
+    label, build = _builder(section, folder)
     given = section.arguments
     for name, value in (("input_shape", data.input_shape), ("n_classes", data.n_classes)):
         if section.name is not None:
             given.setdefault(name, value)
-    _check_arguments("model", label, build, given)
     torch.manual_seed(seed)
-    try:
-        model = build(**given)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"model: {label} can not be built: {error}") from error
+    model = called("model", label, build, given)
     if not isinstance(model, nn.Module):
         raise RecipeError(f"model.target: {label} makes {model!r}, which is no torch.nn.Module")
     if section.checkpoint is not None:
@@ -105,70 +137,14 @@ def build_model(section: ModelSection, data: Data, seed: int) -> nn.Module:
     return model
 
 
-def load_checkpoint_(model: nn.Module, file: Path) -> nn.Module:
-    """Load a state dict, clustered or plain, into `model`, in place.
-
-    Takes what ``torch.save(model.state_dict(), file)`` writes, and Lightning's checkpoints, whose
-    names then lose their leading ``model.``.
-    """
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise RecipeError(f"model.checkpoint: cannot read {file}: {reason}") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        found = type(content).__name__
-        raise RecipeError(f"model.checkpoint: {file} holds a {found}, no state dict")
-    if content and all(str(name).startswith("model.") for name in content):
-        content = {name.removeprefix("model."): value for name, value in content.items()}
-    try:
-        return restore_(model, content)
-    except (RuntimeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"model.checkpoint: {file} does not fit the model: {reason}") from error
-
-
-def _builder(section: ModelSection) -> tuple[str, Callable[..., Any]]:
+def _builder(section: ModelSection, folder: str | None) -> tuple[str, Callable[..., Any]]:
     """Return a model's name for messages, and what builds it."""
-    if section.name is not None:
-        if section.name not in MODELS:
-            meant = nearest(section.name, MODELS)
-            raise RecipeError(f"model.name: no network {section.name!r}; {meant}")
-        return section.name, MODELS[section.name]
-    target = str(section.target)
-    module, _, attribute = target.rpartition(".")
-    try:
-        build = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RecipeError(
-            f"model.target: cannot import {target!r}: {error} (expected package.module.Class, "
-            "importable from the folder where you run, or installed)"
-        ) from error
-    if not callable(build):
-        raise RecipeError(f"model.target: {target} is {build!r}, which can not be called")
-    return target, build
-
-
-def _check_arguments(
-    section: str, label: str, function: Callable[..., Any], given: dict[str, Any]
-) -> None:
-    """Refuse keys that are no parameters of `function`, naming the nearest that is."""
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    valid = [name for name in parameters if name not in ("input_shape", "n_classes")]
-    for key in given:
-        if key not in parameters:
-            raise RecipeError(
-                f"unknown key {section}.{key}: {label} takes "
-                + (f"no such argument; {nearest(key, valid)}" if valid else "no arguments")
-            )
-    for key, parameter in parameters.items():
-        fixed = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        if fixed and parameter.default is parameter.empty and key not in given:
-            raise RecipeError(f"{label} needs {section}.{key}:  --set {section}.{key}=...")
+    if section.target is not None:
+        return section.target, import_target("model.target", section.target, folder)
+    name = str(section.name)
+    if name not in MODELS:
+        raise RecipeError(f"model.name: no network {name!r}; {nearest(name, MODELS)}")
+    return name, MODELS[name]
 
 
 def _check_output(label: str, model: nn.Module, data: Data) -> None:

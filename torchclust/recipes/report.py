@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torchclust.fitting.worth import plain_int8_bits
 from torchclust.model.slots import Slot, slots_of
 from torchclust.model.summary import summary
 from torchclust.packing.size import PackedSize
+from torchclust.recipes.metric import Metric
 from torchclust.recipes.schema import Recipe
 from torchclust.recipes.stages import Networks
 
@@ -43,7 +45,10 @@ def assemble(
     seconds: Mapping[str, float],
     versions: Mapping[str, str],
 ) -> Report:
-    """Return report.json's content. What was not run is null; accuracies are percentages."""
+    """Return report.json's content. What was not run is null.
+
+    What stands under ``accuracy`` is the task's metric: of a built-in model a percentage.
+    """
     files = {name: exported.get(f"{name}.tflite", {}) for name in _FILES}
     return {
         "name": recipe.name,
@@ -51,6 +56,7 @@ def assemble(
         "seed": recipe.seed,
         "versions": dict(versions),
         "seconds": dict(seconds),
+        "metric": asdict(networks.task.metric),
         "accuracy": {
             **networks.accuracy,
             "int8": files["int8"].get("accuracy"),
@@ -116,6 +122,7 @@ def _vela(compiled: Mapping[str, Any]) -> dict[str, Any]:
 def gains(report: Report) -> list[tuple[str, str, str, str]]:
     """Return the rows (what, not clustered, clustered, gain) of whatever the run measured."""
     accuracy, size, vela = report["accuracy"], report["bytes"], report["vela"]
+    metric = Metric(**report["metric"])
     chip = f"Vela {vela['version']}, {vela['accelerator']}"
     sizes = [
         ("float .tflite, zipped", size["float_tflite_zip"], size["clustered_float_tflite_zip"]),
@@ -131,7 +138,8 @@ def gains(report: Report) -> list[tuple[str, str, str, str]]:
     found = []
     before, after = accuracy["baseline_int8"], accuracy["int8"]
     if before is not None and after is not None:
-        found.append(("int8 accuracy", _percent(before), _percent(after), _points(before, after)))
+        cells = metric.text(before), metric.text(after), metric.change(before, after)
+        found.append((f"int8 {metric.name}", *cells))
     for what, before, after in sizes:
         if before and after:
             found.append((what, _kib(before), _kib(after), _factor(before, after)))
@@ -151,9 +159,18 @@ def markdown(report: Report) -> str:
         lines += ["", "*Not clustered* is the control: the same trained model, trained on for as "]
         lines[-1] += "many epochs at the same rate as the clustered one. 1 KiB is 1,024 bytes."
     lines += ["", "![sizes, accuracies, weights and centroids](report.png)"]
-    accuracy = report["accuracy"]
-    stages = [(label, _percent(accuracy[k])) for k, label in _STAGES.items() if accuracy[k]]
-    lines += ["", "## Accuracy on the test images", "", *_table(("model", "accuracy"), stages)]
+    accuracy, metric = report["accuracy"], Metric(**report["metric"])
+    stages = [
+        (label, metric.text(accuracy[key]))
+        for key, label in _STAGES.items()
+        if accuracy[key] is not None
+    ]
+    lines += [
+        "",
+        f"## {metric.title} on the test data",
+        "",
+        *_table(("model", metric.name), stages),
+    ]
     lines += ["", "## Tensors", "", *_tensor_table(report)]
     if report["chosen"]:
         lines += ["", "## Numbers of clusters that were chosen", "", *_chosen(report["chosen"])]
@@ -163,7 +180,7 @@ def markdown(report: Report) -> str:
 
 def _headline(report: Report) -> list[str]:
     """Return one sentence for those who read no further, and what needs attention, if anything."""
-    accuracy, vela = report["accuracy"], report["vela"]
+    accuracy, vela, metric = report["accuracy"], report["vela"], Metric(**report["metric"])
     clustered = [row for row in report["tensors"] if row["n_clusters"]]
     if not clustered:
         return ["Nothing was clustered."]
@@ -173,8 +190,8 @@ def _headline(report: Report) -> list[str]:
     if codes:
         text += f", and at most {max(codes)} codes in the int8 file"
     if accuracy["int8"] is not None and accuracy["baseline_int8"] is not None:
-        change = _points(accuracy["baseline_int8"], accuracy["int8"])
-        text += f". Accuracy: {_percent(accuracy['int8'])} ({change})"
+        change = metric.change(accuracy["baseline_int8"], accuracy["int8"])
+        text += f". {metric.title}: {metric.text(accuracy['int8'])} ({change})"
     if vela["cpu_ops"]:
         text += f". **{vela['cpu_ops']} operators are left to the CPU**: "
         text += "; ".join(vela["cpu_operators"])
@@ -210,10 +227,11 @@ def _chosen(chosen: dict[str, Any]) -> list[str]:
     ]
     rows.append(("together", "", _kib(chosen["encoded_bytes"]), ""))
     return [
-        *_table(("tensor", "clusters", "encoded", "divergence alone, nats"), rows),
+        *_table(("tensor", "clusters", "encoded", "loss alone"), rows),
         "",
-        "The divergence is that of the model's class probabilities on training images when this "
-        "tensor alone is clustered, before fine-tuning. `torchclust run chosen.yaml` runs with "
+        "The loss is what it costs to cluster this tensor alone, before fine-tuning, in outputs on "
+        "training data: the divergence of class probabilities in nats, or for a module of one's "
+        "own the squared error over the outputs' variance. `torchclust run chosen.yaml` runs with "
         "these rules and chooses nothing:",
         "",
         "```yaml",
@@ -234,14 +252,6 @@ def _provenance(report: Report) -> list[str]:
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     rule = ("---", *["---:"] * (len(head) - 1))
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
-
-
-def _percent(value: float) -> str:
-    return f"{value:.2f} %"
-
-
-def _points(before: float, after: float) -> str:
-    return f"{after - before:+.2f} points"
 
 
 def _kib(value: float) -> str:

@@ -9,14 +9,10 @@ type: ``"6"`` is no epoch count.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     field_validator,
@@ -24,6 +20,13 @@ from pydantic import (
     model_validator,
 )
 
+from torchclust.recipes.section import RecipeError as RecipeError
+from torchclust.recipes.section import Section, known_keys
+from torchclust.recipes.section import nearest as nearest
+from torchclust.recipes.subject import DataSection as DataSection
+from torchclust.recipes.subject import MetricSection
+from torchclust.recipes.subject import ModelSection as ModelSection
+from torchclust.recipes.subject import ModuleSection as ModuleSection
 from torchclust.weight.config import (
     Assignment,
     ClusterConfig,
@@ -33,56 +36,14 @@ from torchclust.weight.config import (
     Init,
 )
 
-AnyPath = Annotated[Path, Field(strict=False)]
-
 Schedule = Literal["constant", "cosine"]  # of the learning rate; cosine falls to 0
 
 
-class RecipeError(ValueError):
-    """A recipe that can not be run; the text is one line that names the key and the remedy."""
-
-
-class Section(BaseModel):
-    """What every section has in common: no unknown keys, no silent conversions, no changes."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class DataSection(Section):
-    """Which images to train and test on; a bare string is a `name`."""
-
-    name: str = Field(description="mnist5k, fashion_mnist, image_folder or speech_synthetic")
-    batch_size: int = Field(128, ge=1, description="images per training step")
-    root: AnyPath | None = Field(None, description="folder of the files, where a data set has one")
-    image_size: int | None = Field(None, ge=8, description="pixels a side, for image_folder")
-    download: bool | None = Field(None, description="true: fetch what is not there; --download")
-
-
-class ModelSection(Section):
-    """Which network; other keys are arguments of its builder. A bare string is a `name`."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str | None = Field(None, description="a network of torchclust.zoo")
-    target: str | None = Field(None, description="or yours: package.module.Class (or a function)")
-    checkpoint: AnyPath | None = Field(None, description="state dict to load, from torch.save")
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The builder's keyword arguments."""
-        return dict(self.model_extra or {})
-
-    @model_validator(mode="after")
-    def _one_of(self) -> ModelSection:
-        if (self.name is None) == (self.target is None):
-            raise ValueError(
-                "give either name (a network of torchclust.zoo) or target (package.module.Class)"
-            )
-        return self
-
-
 class TrainSection(Section):
-    """Ordinary training with Adam, before compression; absent: the model comes trained."""
+    """Ordinary training, before compression; absent: the model comes trained.
+
+    With Adam, or with a `module`'s own optimizers, which then have their own rates.
+    """
 
     epochs: int = Field(ge=0, description="passes over the training set; 0 keeps random weights")
     lr: float = Field(1e-3, gt=0, description="Adam's learning rate")
@@ -189,7 +150,7 @@ class ClusterSection(Section):
                     f"rule {pattern!r} is a number of clusters, a mapping or null, got {rule!r}"
                 )
             fields = rule if isinstance(rule, Mapping) else {"n_clusters": rule}
-            _known_keys(fields, [f.name for f in _CONFIG_FIELDS], f"rules.{pattern}.")
+            known_keys(fields, [f.name for f in _CONFIG_FIELDS], f"rules.{pattern}.")
             try:
                 ClusterConfig(**{"n_clusters": self.n_clusters, **self.options, **fields})
             except (TypeError, ValueError) as error:
@@ -233,8 +194,15 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[\w.-]+$", description="also the folder's: runs/NAME")
     seed: int = Field(0, ge=0, description="of weights, order of images, and clustering")
+    folder: str | None = Field(None, description="where targets are; default: the recipe's own")
     data: DataSection
-    model: ModelSection
+    model: ModelSection | None = None
+    module: ModuleSection | None = None
+    metric: MetricSection | None = None
+    score: str | None = Field(None, description="module.function(module, loader) -> number")
+    trainer: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of Lightning's Trainer"
+    )
     train: TrainSection | None = None
     prune: PruneSection | None = None
     cluster: ClusterSection | None = None
@@ -242,14 +210,39 @@ class Recipe(Section):
     export: ExportSection | None = None
     vela: VelaSection | None = None
 
-    @field_validator("data", "model", mode="before")
+    @field_validator("data", "model", "metric", mode="before")
     @classmethod
     def _bare_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
+    def _subject_is_whole(self) -> Recipe:
+        if (self.model is None) == (self.module is None):
+            raise ValueError("give either model (a classifier) or module (a LightningModule)")
+        if self.module is None:
+            for key in ("metric", "score"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} goes with module: a model is judged by its accuracy")
+            if self.data.name is None:
+                raise ValueError(
+                    "data.target goes with module: a model classifies one of the named data sets"
+                )
+            return self
+        if self.metric is None and self.score is None:
+            raise ValueError(
+                "nothing says how good the module is: add metric: {name: test_acc, mode: max} "
+                "(what its test_step logs), or score: mymodule.function"
+            )
+        if self.train is not None and "lr" in self.train.model_fields_set:
+            raise ValueError("train.lr: the module's own optimizers have their rates; leave it out")
+        if self.finetune is not None and self.finetune.schedule != "constant":
+            raise ValueError("finetune.schedule: the module's configure_optimizers has its own")
+        return self
+
+    @model_validator(mode="after")
     def _stages_fit_together(self) -> Recipe:
-        if self.train is None and self.model.checkpoint is None and self.model.target is None:
+        named = self.model is not None and self.model.name is not None
+        if self.train is None and self.subject.checkpoint is None and named:
             raise ValueError(
                 "nothing trains the model: add train: {epochs: 6}, or model.checkpoint "
                 "(train: {epochs: 0} keeps random weights)"
@@ -270,6 +263,13 @@ class Recipe(Section):
         return self
 
     @property
+    def subject(self) -> ModelSection | ModuleSection:
+        """What is trained: the section `model` or `module`."""
+        subject = self.model if self.module is None else self.module
+        assert subject is not None
+        return subject
+
+    @property
     def lr(self) -> float:
         """The learning rate that `finetune.lr_scale` scales."""
         return self.train.lr if self.train else 1e-3
@@ -279,17 +279,4 @@ class Recipe(Section):
         return self.model_dump(mode="json", exclude_none=True)
 
 
-def nearest(key: str, valid: Iterable[str]) -> str:
-    """Say which of the `valid` keys was meant, or list them."""
-    names = list(valid)
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(names)}"
-
-
 _CONFIG_FIELDS = dataclasses.fields(ClusterConfig)
-
-
-def _known_keys(given: Iterable[Any], valid: list[str], prefix: str = "") -> None:
-    for key in given:
-        if key not in valid:
-            raise ValueError(f"unknown key {prefix}{key}; {nearest(str(key), valid)}")

@@ -12,12 +12,10 @@ from the same start. Every "baseline" in the report is the control's.
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 from torchclust.activations.quantized import quantize_activations_
@@ -25,39 +23,59 @@ from torchclust.allocation.encoded_size import encoded_bytes
 from torchclust.allocation.knapsack import Choice, Curves
 from torchclust.distillation.distill import distill_
 from torchclust.lightning.callback import WeightClustering
+from torchclust.lightning.trees import Callback
 from torchclust.model.restore import restore_
 from torchclust.recipes import choice
 from torchclust.recipes.kept import Result, Stages, origin
-from torchclust.recipes.prepare import Prepared, clustered_copy
+from torchclust.recipes.prepare import Prepared, cluster_network_
 from torchclust.recipes.schema import ClusterSection, Schedule
-from torchclust.recipes.training import GradualPruning, accuracy, fit
-from torchclust.zoo.dataset import Batch, loader, samples
+from torchclust.recipes.task import Task
+from torchclust.recipes.training import GradualPruning, LowerRates, fit
 
-EVALUATION_BATCH = 250
-UNLABELLED = 512  # training images that ``finetune.labels: false`` sees
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule
+
+AT_ONCE = 250  # samples whose activations set the first ranges
+UNLABELLED = 512  # training samples that ``finetune.labels: false`` sees
 STEPS_PER_EPOCH = 150  # of `torchclust.distill_`, for each of its stages
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The models that a report compares, in eval mode, and their accuracies in percent.
+    """The models that a report compares, in eval mode, and how good they are.
 
     Attributes:
-        trained: before any compression.
-        control: never compressed, trained as long as `compressed`.
-        compressed: pruned, clustered, fine-tuned, its clusterings still in place; None when the
-            recipe does neither.
+        task: whose modules they are.
+        modules: ``trained``, before any compression; ``control``, never compressed, trained as long
+            as ``compressed``: pruned, clustered, fine-tuned, its clusterings still in place, and
+            not there when the recipe does neither.
+        accuracy: the task's metric of ``float`` (trained), ``control``, ``pruned``,
+            ``before_finetune`` (clustered, not trained since) and ``clustered`` (compressed); None
+            for what there is not.
         chosen: numbers of clusters, where the recipe leaves them to be chosen, with the encoded
             bytes that they came to; else None.
-        accuracy: of ``float`` (trained), ``control``, ``pruned``, ``before_finetune`` (clustered,
-            not trained since) and ``clustered`` (`compressed`); None for what there is not.
     """
 
-    trained: nn.Module
-    control: nn.Module
-    compressed: nn.Module | None
+    task: Task
+    modules: Mapping[str, LightningModule]
     accuracy: dict[str, float | None]
     chosen: choice.Chosen | None = None
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network before any compression."""
+        return self.task.network(self.modules["trained"])
+
+    @property
+    def control(self) -> nn.Module:
+        """The network that was never compressed, trained as long as `compressed`."""
+        return self.task.network(self.modules["control"])
+
+    @property
+    def compressed(self) -> nn.Module | None:
+        """The pruned, clustered, fine-tuned network, if there is one."""
+        module = self.modules.get("compressed")
+        return None if module is None else self.task.network(module)
 
 
 def train_networks(prepared: Prepared, stages: Stages) -> Networks:
@@ -67,12 +85,14 @@ def train_networks(prepared: Prepared, stages: Stages) -> Networks:
     ``cluster``, and these two and ``finetune`` may run several times.
     """
     recipe, training = prepared.recipe, Training(prepared, stages)
+    task = prepared.task
     accuracy: dict[str, float | None] = dict.fromkeys(
         ("float", "control", "pruned", "before_finetune", "clustered")
     )
     trained, accuracy["float"] = training.train()
     if recipe.prune is None and recipe.cluster is None:
-        return Networks(trained, trained, None, {**accuracy, "control": accuracy["float"]})
+        modules = {"trained": trained, "control": trained}
+        return Networks(task, modules, {**accuracy, "control": accuracy["float"]})
     control, accuracy["control"] = training.control(trained)
     compressed = trained
     if recipe.prune is not None:
@@ -89,42 +109,40 @@ def train_networks(prepared: Prepared, stages: Stages) -> Networks:
         if recipe.finetune is not None and recipe.finetune.epochs:
             compressed, accuracy["clustered"] = training.finetune(compressed, trained)
     if chosen is not None:
-        chosen = chosen.measured(
-            encoded_bytes(compressed, choice.measure_of(recipe), chosen.allocation)
-        )
-    return Networks(trained, control, compressed, accuracy, chosen)
+        network, measure = task.network(compressed), choice.measure_of(recipe)
+        chosen = chosen.measured(encoded_bytes(network, measure, chosen.allocation))
+    modules = {"trained": trained, "control": control, "compressed": compressed}
+    return Networks(task, modules, accuracy, chosen)
 
 
 class Phase(NamedTuple):
-    """One call of `fit`, as the arguments of that name."""
+    """One call of `fit`."""
 
     epochs: int
-    lr: float
+    lr_scale: float = 1.0
     schedule: Schedule = "constant"
 
 
 class Training:
-    """One method per stage: each returns the stage's model and its accuracy."""
+    """One method per stage: each returns the stage's module and how good it is."""
 
     def __init__(self, prepared: Prepared, stages: Stages) -> None:
         self.prepared, self.stages = prepared, stages
-        self.recipe, self.data, self.start = prepared.recipe, prepared.data, prepared.model
+        self.recipe, self.task = prepared.recipe, prepared.task
         self.origin = origin(prepared)
 
-    def train(self) -> tuple[nn.Module, float]:
-        """Return the trained model, or the one that came trained."""
+    def train(self) -> tuple[LightningModule, float]:
+        """Return the trained module, or the one that came trained."""
         section = self.recipe.train
-        epochs = section.epochs if section else 0
-        plan = [Phase(epochs, self.recipe.lr)]
-        return self._stage("train", {}, lambda: self._fit(self.start, plan))
+        plan = [Phase(section.epochs if section else 0)]
+        return self._stage("train", {}, lambda: self._fit(self.task.module, plan))
 
-    def control(self, trained: nn.Module) -> tuple[nn.Module, float]:
-        """Return the unclustered model, trained as long as the clustered one."""
+    def control(self, trained: LightningModule) -> tuple[LightningModule, float]:
+        """Return the unclustered module, trained as long as the clustered one."""
         prune, finetune = self.recipe.prune, self.recipe.finetune
-        plan = [Phase(prune.epochs, self.recipe.lr)] if prune else []
+        plan = [Phase(prune.epochs)] if prune else []
         if finetune and finetune.labels:
-            lr = self.recipe.lr * finetune.lr_scale
-            plan += [Phase(finetune.epochs, lr, finetune.schedule)]
+            plan += [Phase(finetune.epochs, finetune.lr_scale, finetune.schedule)]
         return self._stage("control", {"plan": plan}, lambda: self._fit(trained, plan))
 
     def clustering_with(self, section: ClusterSection) -> Training:
@@ -132,26 +150,32 @@ class Training:
         recipe = self.recipe.model_copy(update={"cluster": section})
         return Training(replace(self.prepared, recipe=recipe), self.stages)
 
-    def choose(self, start: nn.Module, trained: nn.Module) -> choice.Chosen:
+    def choose(self, start: LightningModule, trained: LightningModule) -> choice.Chosen:
         """Return a number of clusters for each tensor, within the recipe's budget."""
-        finetune = self.recipe.finetune
+        finetune, seed = self.recipe.finetune, self.recipe.seed
 
         def train(section: ClusterSection) -> nn.Module:
             training = self.clustering_with(section)
             numbers = ", ".join(f"{name} {rule}" for name, rule in section.rules.items())
             self.stages.say(f"  {numbers}")
-            model, _ = training.cluster(start)
+            module, _ = training.cluster(start)
             if finetune is not None and finetune.epochs:
-                model, _ = training.finetune(model, trained)
-            return model
+                module, _ = training.finetune(module, trained)
+            return self.task.network(module)
 
-        labelled: list[Batch] = []
+        labelled: list[Any] = []
         if self.recipe.cluster and self.recipe.cluster.max_accuracy_drop is not None:
-            batches = loader(self.data.train, EVALUATION_BATCH, seed=self.recipe.seed)
-            labelled += itertools.islice(batches, choice.LABELLED // EVALUATION_BATCH)
-        return choice.choose(self.recipe, start, self._curves(start), labelled, train)
+            labelled = self.task.training_batches(choice.LABELLED, seed)
 
-    def _curves(self, start: nn.Module) -> Curves:
+        def lost(section: ClusterSection) -> float:
+            clustered = self.clustering_with(section)._clustered(start, None)
+            before, after = (self.task.score(m, batches=labelled) for m in (start, clustered))
+            return self.task.metric.loss(before, after)
+
+        network = self.task.network(start)
+        return choice.choose(self.recipe, network, self._curves(start), lost, train)
+
+    def _curves(self, start: LightningModule) -> Curves:
         """Return every tensor's choices, which do not depend on the budget."""
         section = self.recipe.cluster
         assert section is not None
@@ -161,115 +185,142 @@ class Training:
         depends["labels"] = self.recipe.finetune is None or self.recipe.finetune.labels
 
         def compute() -> Result:
-            images = self._unlabelled()
-            if images is None:
-                images = samples(self.data.train, choice.IMAGES, seed=self.recipe.seed)
-            curves = choice.curves_of(self.recipe, start, images)
+            inputs = self._unlabelled(start)
+            if inputs is None:
+                inputs = self.task.inputs(start, choice.SAMPLES, self.recipe.seed)
+            network, distance = self.task.network(start), self.task.distance
+            curves = choice.curves_of(self.recipe, network, inputs, distance)
             return {"curves": {n: [list(astuple(c)) for c in cs] for n, cs in curves.items()}}
 
         found = self.stages.result("sensitivity", [self.origin, depends], compute)["curves"]
         return {name: [Choice(*values) for values in choices] for name, choices in found.items()}
 
-    def cluster(self, start: nn.Module) -> tuple[nn.Module, float]:
-        """Return the clustered model, before it is fine-tuned."""
-        images = self._unlabelled()
+    def cluster(self, start: LightningModule) -> tuple[LightningModule, float]:
+        """Return the clustered module, before it is fine-tuned."""
         depends = self._sections("prune", "cluster")
-        if images is not None:
-            depends["inputs"] = len(images)
-        return self._stage("cluster", depends, lambda: clustered_copy(self.recipe, start, images))
+        if self._does_without_labels:
+            depends["inputs"] = UNLABELLED
+        return self._stage(
+            "cluster", depends, lambda: self._clustered(start, self._unlabelled(start))
+        )
 
-    def finetune(self, clustered: nn.Module, teacher: nn.Module) -> tuple[nn.Module, float]:
-        """Return the clustered model, fine-tuned with labels or distilled without."""
-        images = self._unlabelled()
+    def _clustered(
+        self, start: LightningModule, inputs: tuple[Tensor, ...] | None
+    ) -> LightningModule:
+        module = copy.deepcopy(start)
+        cluster_network_(self.recipe, self.task.network(module), as_batches(inputs))
+        return module
+
+    def finetune(
+        self, clustered: LightningModule, teacher: LightningModule
+    ) -> tuple[LightningModule, float]:
+        """Return the clustered module, fine-tuned with labels or distilled without."""
         depends = self._sections("prune", "cluster", "finetune")
-        if images is None:
-            return self._stage("finetune", depends, lambda: self._finetuned(clustered))
-        return self._stage("distill", depends, lambda: self._distilled(clustered, teacher, images))
+        if self._does_without_labels:
+            return self._stage("distill", depends, lambda: self._distilled(clustered, teacher))
+        return self._stage("finetune", depends, lambda: self._finetuned(clustered))
 
-    def _finetuned(self, clustered: nn.Module) -> nn.Module:
+    def _finetuned(self, clustered: LightningModule) -> LightningModule:
         section = self.recipe.finetune
         assert section is not None
-        # The model is clustered already, by its own parameter names: the callback lowers the rate.
+        # The network is clustered already, by its own names: the callback lowers the rate.
         callback = WeightClustering(
             lr_scale=section.lr_scale,
             strip=False,
             quantize_activations=section.quantize_activations,
         )
-        phase = Phase(section.epochs, self.recipe.lr, section.schedule)
+        phase = Phase(section.epochs, schedule=section.schedule)
         return self._fit(clustered, [phase], [callback])
 
-    def _distilled(self, clustered: nn.Module, teacher: nn.Module, images: Tensor) -> nn.Module:
-        section = self.recipe.finetune
+    def _distilled(self, clustered: LightningModule, teacher: LightningModule) -> LightningModule:
+        section, inputs = self.recipe.finetune, self._unlabelled(clustered)
         assert section is not None
-        model = copy.deepcopy(clustered)
+        assert inputs is not None
+        module = copy.deepcopy(clustered)
+        network = self.task.network(module)
         if section.quantize_activations:
-            quantize_activations_(model, images[:EVALUATION_BATCH])
-        return distill_(
-            model,
-            teacher,
-            images,
+            quantize_activations_(network, tuple(column[:AT_ONCE] for column in inputs))
+        distill_(
+            network,
+            self.task.network(teacher),
+            as_batches(inputs),
             steps=STEPS_PER_EPOCH * section.epochs,
             progress=self.stages.progress,
             seed=self.recipe.seed,
         )
+        return module
 
-    def _unlabelled(self) -> Tensor | None:
-        """Return the images of a recipe that does without labels, (512, C, H, W), else None."""
-        section = self.recipe.finetune
-        if section is None or section.labels:
+    @property
+    def _does_without_labels(self) -> bool:
+        return self.recipe.finetune is not None and not self.recipe.finetune.labels
+
+    def _unlabelled(self, module: LightningModule) -> tuple[Tensor, ...] | None:
+        """Return the network's inputs for a recipe that does without labels, else None."""
+        if not self._does_without_labels:
             return None
-        return samples(self.data.train, UNLABELLED, seed=self.recipe.seed)
+        return self.task.inputs(module, UNLABELLED, self.recipe.seed)
 
-    def prune(self, trained: nn.Module) -> tuple[nn.Module, float]:
-        """Return the pruned model."""
+    def prune(self, trained: LightningModule) -> tuple[LightningModule, float]:
+        """Return the pruned module."""
         section = self.recipe.prune
         assert section is not None
-        plan = [Phase(section.epochs, self.recipe.lr)]
+        plan = [Phase(section.epochs)]
 
-        def pruned() -> nn.Module:
-            return self._fit(trained, plan, [GradualPruning(section.sparsity)])
+        def pruned() -> LightningModule:
+            return self._fit(trained, plan, [GradualPruning(section.sparsity, self.task.exports)])
 
         return self._stage("prune", self._sections("prune"), pruned)
 
     def _fit(
         self,
-        start: nn.Module,
+        start: LightningModule,
         plan: list[Phase],
         callbacks: Sequence[Callback] = (),
-    ) -> nn.Module:
+    ) -> LightningModule:
         """Train a copy of `start` in the phases of the plan."""
-        model = copy.deepcopy(start)
-        for phase in plan:
-            if phase.epochs:
-                batch_size, seed = self.recipe.data.batch_size, self.recipe.seed
-                fit(
-                    model,
-                    loader(self.data.train, batch_size, seed=seed),
-                    **phase._asdict(),
-                    seed=seed,
-                    callbacks=callbacks,
-                    progress=self.stages.progress,
-                )
-        return model
+        module = copy.deepcopy(start)
+        for phase in (phase for phase in plan if phase.epochs):
+            if phase.schedule != "constant":  # of the built-in classifier alone
+                module.schedule = phase.schedule  # type: ignore[assignment]
+            lower = [LowerRates(phase.lr_scale)] if phase.lr_scale != 1 else []
+            fit(
+                module,
+                self.task.make_data(),
+                epochs=phase.epochs,
+                seed=self.recipe.seed,
+                callbacks=[*callbacks, *lower],
+                options=self.task.options,
+                progress=self.stages.progress,
+            )
+        return module
 
     def _sections(self, *names: str) -> dict[str, Any]:
         dumped = self.recipe.to_dict()
         return {name: dumped.get(name) for name in names}
 
     def _stage(
-        self, name: str, depends: dict[str, Any], make: Callable[[], nn.Module]
-    ) -> tuple[nn.Module, float]:
-        """Return a stage's model as its stored state gives it, also when it was just computed.
+        self, name: str, depends: dict[str, Any], make: Callable[[], LightningModule]
+    ) -> tuple[LightningModule, float]:
+        """Return a stage's module as its stored state gives it, also when it was just computed.
 
-        So an interrupted and an uninterrupted run can not differ in what a model carries beside
+        So an interrupted and an uninterrupted run can not differ in what a module carries beside
         its state.
         """
 
         def compute() -> Result:
-            model = make().eval()
-            percent = accuracy(model, loader(self.data.test, EVALUATION_BATCH))
-            return {"state": model.state_dict(), "accuracy": percent}
+            module = make().eval()
+            return {"state": module.state_dict(), "accuracy": self.task.score(module)}
 
         result = self.stages.result(name, [self.origin, depends], compute)
-        model = restore_(copy.deepcopy(self.start), result["state"]).eval()
-        return model, result["accuracy"]
+        module = restore_(copy.deepcopy(self.task.module), result["state"]).eval()
+        return module, result["accuracy"]
+
+
+def as_batches(inputs: tuple[Tensor, ...] | None) -> Any:
+    """Return inputs as `cluster_` and `distill_` take them: a tensor, or tuples of a few samples.
+
+    Tuples are nested, which says that all that is in them is an input.
+    """
+    if inputs is None or len(inputs) == 1:
+        return inputs[0] if inputs else None
+    return [(part,) for part in zip(*(column.split(32) for column in inputs), strict=True)]

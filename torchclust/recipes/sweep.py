@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from torchclust.recipes.load import load_recipe, parse_yaml
+from torchclust.recipes.metric import Metric
 from torchclust.recipes.prepare import prepare
 from torchclust.recipes.run import STAGE_FOLDER, check_output, clear, run_recipe, write_whole
 from torchclust.recipes.schema import Recipe, RecipeError
 
 Row = dict[str, Any]
 _COLUMNS = {
-    "int8 accuracy, %": ("accuracy", "int8"),
-    "not clustered, %": ("accuracy", "baseline_int8"),
     "float zip, bytes": ("bytes", "clustered_float_tflite_zip"),
     "int8 zip, bytes": ("bytes", "int8_tflite_zip"),
     "encoded weights, bytes": ("vela", "encoded_weight_bytes"),
@@ -44,6 +46,7 @@ def run_sweep(
     settings: Sequence[str],
     output: Path | None = None,
     *,
+    jobs: int = 1,
     resume: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
@@ -52,35 +55,74 @@ def run_sweep(
     """Run every combination into a folder of its own under `output`, then compare them there.
 
     Writes sweep.json, sweep.md and sweep.png beside the runs' folders. Arguments as for
-    `run_recipe`; `output` is by default ``runs/NAME_sweep``.
+    `run_recipe`; `output` is by default ``runs/NAME_sweep``. With several `jobs` so many runs are
+    under way at a time, each in a process of its own; a stage that several need is computed by one
+    of them, and the others wait for it.
 
     Raises:
         RecipeError, DataError: before anything is written, if any of the recipes can not be run.
     """
+    if jobs < 1:
+        raise RecipeError(f"--jobs {jobs}: at least 1 process is needed")
     points = plan(file, settings)
     output = output or Path("runs") / f"{points[0].recipe.name}_sweep"
     check_output(output, resume=resume, overwrite=overwrite)
-    for point in points:
-        prepare(point.recipe)
+    metrics = [prepare(point.recipe).task.metric for point in points]
     if overwrite:
         for folder in (output, *(output / point.folder for point in points)):
             clear(folder)
-    rows = []
-    for number, point in enumerate(points, 1):
-        say(f"[{number}/{len(points)}] {point.label}")
-        report = run_recipe(
-            point.recipe,
-            output / point.folder,
-            resume=True,
-            stage_folder=output / STAGE_FOLDER,
-            say=say,
-            progress=progress,
+    reports = (
+        _in_processes(points, output, jobs, say)
+        if jobs > 1
+        else (
+            _run_point(point, output, f"[{number}/{len(points)}] {point.label}", say, progress)
+            for number, point in enumerate(points, 1)
         )
-        rows.append({"label": point.label, "folder": point.folder, **_figures(report)})
+    )
+    rows = [
+        {"label": point.label, "folder": point.folder, **_figures(report, metric)}
+        for point, report, metric in zip(points, reports, metrics, strict=True)
+    ]
     write_whole(output / "sweep.json", json.dumps(rows, indent=2) + "\n")
     write_whole(output / "sweep.md", markdown(rows))
-    _plot(rows, output / "sweep.png")
+    _plot(rows, output / "sweep.png", metrics[0])
     return rows
+
+
+def _run_point(
+    point: Point, output: Path, title: str, say: Callable[[str], None], progress: bool
+) -> dict[str, Any]:
+    say(title)
+    return run_recipe(
+        point.recipe,
+        output / point.folder,
+        resume=True,
+        stage_folder=output / STAGE_FOLDER,
+        say=say,
+        progress=progress,
+    )
+
+
+def _in_processes(
+    points: Sequence[Point], output: Path, jobs: int, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Run the points in that many processes, which share the threads of this one."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)
+    ) as pool:
+        running = [pool.submit(_run_point, p, output, p.label, _silent, False) for p in points]
+        try:
+            for number, (point, done) in enumerate(zip(points, running, strict=True), 1):
+                report = done.result()
+                say(f"[{number}/{len(points)}] {point.label}: done")
+                yield report
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 def plan(file: Path, settings: Sequence[str]) -> list[Point]:
@@ -105,14 +147,18 @@ def plan(file: Path, settings: Sequence[str]) -> list[Point]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """Return the comparison as a Markdown table; what no run measured is left out."""
-    columns = [name for name in _COLUMNS if any(row[name] is not None for row in rows)]
+    names = [n for n in rows[0] if n not in ("label", "folder") and not n.startswith("baseline ")]
+    columns = [name for name in names if any(row[name] is not None for row in rows)]
     lines = [["", *columns], ["---", *["---:"] * len(columns)]]
-    lines += [[row["label"], *(_cell(row[name]) for name in columns)] for row in rows]
+    lines += [
+        [row["label"], *(_cell(row[name], 2 if "%" in name else 4) for name in columns)]
+        for row in rows
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return which (size, accuracy) points no other beats in both, in order of size."""
+    """Return which (size, score) points no other beats in both, in order of size."""
     found: list[int] = []
     for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if not found or points[index][1] > points[found[-1]][1]:
@@ -133,8 +179,15 @@ def _short(setting: str) -> str:
     return f"{key.rpartition('.')[2]}={value.strip(chr(34))}"
 
 
-def _figures(report: dict[str, Any]) -> Row:
-    found = {name: report[section][key] for name, (section, key) in _COLUMNS.items()}
+def _scored(metric: Metric) -> tuple[str, str]:
+    """Return what the columns of the metric are called: of the int8 file, and of the control's."""
+    return f"int8 {metric.label}", f"not clustered, {metric.unit or metric.name}"
+
+
+def _figures(report: dict[str, Any], metric: Metric) -> Row:
+    scores = (report["accuracy"]["int8"], report["accuracy"]["baseline_int8"])
+    found = dict(zip(_scored(metric), scores, strict=True))
+    found |= {name: report[section][key] for name, (section, key) in _COLUMNS.items()}
     baseline = {
         f"baseline {name}": report[_COLUMNS[name][0]][f"baseline_{_COLUMNS[name][1]}"]
         for name in _SIZES
@@ -142,27 +195,31 @@ def _figures(report: dict[str, Any]) -> Row:
     return {**found, **baseline}
 
 
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
+def _cell(value: float | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.{digits}f}" if isinstance(value, float) else f"{value:,}"
 
 
-def _plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw int8 accuracy against the first of `_SIZES` that was measured."""
+def _plot(rows: Sequence[Row], path: Path, metric: Metric) -> None:
+    """Draw the int8 files' metric against the first of `_SIZES` that was measured."""
     size = next((name for name in _SIZES if rows[0][name]), None)
-    if size is None or any(row["int8 accuracy, %"] is None for row in rows):
+    score, control = _scored(metric)
+    if size is None or any(row[score] is None for row in rows):
         return
     figure = Figure(figsize=(8, 5), layout="constrained", dpi=110)
     axes = figure.subplots()
-    points = [(row[size] / 1024, row["int8 accuracy, %"]) for row in rows]
-    best = [points[index] for index in front(points)]
+    points = [(row[size] / 1024, row[score]) for row in rows]
+    worth = [(x, -metric.loss(0, y)) for x, y in points]
+    best = [points[index] for index in front(worth)]
     axes.plot(*zip(*best, strict=True), "-", color="#1f6feb", linewidth=1)
     axes.plot(*zip(*points, strict=True), "o", color="#1f6feb", label="clustered")
     for (x, y), row in zip(points, rows, strict=True):
         axes.annotate(row["label"], (x, y), (8, -11), textcoords="offset points", fontsize=9)
-    baselines = {(row[f"baseline {size}"] / 1024, row["not clustered, %"]) for row in rows}
+    baselines = {(row[f"baseline {size}"] / 1024, row[control]) for row in rows}
     axes.plot(*zip(*baselines, strict=True), "s", color="#9aa5b1", label="not clustered")
     axes.set_xlabel(f"{size.partition(',')[0]}, KiB")
-    axes.set_ylabel("int8 accuracy, %")
+    axes.set_ylabel(score)
     axes.margins(x=0.12, y=0.12)
     axes.grid(color="#e5e7eb")
     axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""Ordinary training for recipes: one LightningModule, one `fit`, one `accuracy`."""
+"""Training for recipes: Lightning's `fit` with the recipe's options, lower rates, pruning."""
 
 from __future__ import annotations
 
@@ -6,76 +6,59 @@ import logging
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, TQDMProgressBar
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import prune
 
-from torchclust.recipes.schema import Schedule
-from torchclust.zoo.dataset import Batch
+from torchclust.lightning.optimizers import scale_rates
+from torchclust.lightning.trees import TREES, Callback, tree_of
 
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 
-class Classifier(pl.LightningModule):
-    """A `model` from images to logits, cross-entropy, and Adam at `lr`, or from there down to 0."""
-
-    def __init__(self, model: nn.Module, lr: float, schedule: Schedule) -> None:
-        super().__init__()
-        self.model, self.lr, self.schedule = model, lr, schedule
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean cross-entropy of a batch, and show it in the progress bar."""
-        images, labels = batch
-        loss = nn.functional.cross_entropy(self.model(images), labels)
-        self.log("loss", loss, prog_bar=True)
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        """Return Adam over the parameters that train, and the schedule of its rate."""
-        trained = (p for p in self.parameters() if p.requires_grad)
-        optimizer = torch.optim.Adam(trained, lr=self.lr)
-        if self.schedule == "constant":
-            return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        return [optimizer], [{"scheduler": cosine, "interval": "step"}]
+DEFAULTS = {
+    "devices": 1,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "logger": False,
+}
 
 
 def fit(
-    model: nn.Module,
-    batches: Iterable[Batch],
+    module: LightningModule,
+    data: LightningDataModule,
     *,
     epochs: int,
-    lr: float,
-    schedule: Schedule = "constant",
     seed: int,
     callbacks: Sequence[Callback] = (),
+    options: Mapping[str, Any] = MappingProxyType({}),
     progress: bool = True,
-) -> nn.Module:
-    """Train `model` in place through Lightning's Trainer and return it on the CPU, in eval mode.
+) -> LightningModule:
+    """Train `module` in place through Lightning's Trainer and return it on the CPU, in eval mode.
 
-    `seed` fixes dropout and whatever else draws at random in the step; the order of images is the
-    loader's own. A Ctrl-C leaves as `KeyboardInterrupt`, where Lightning would exit with status 1.
+    `seed` fixes dropout and whatever else draws at random in the step, and the order of batches as
+    far as the loaders leave it to the global generators. A Ctrl-C leaves as `KeyboardInterrupt`,
+    where Lightning would exit with status 1.
     """
-    pl.seed_everything(seed, verbose=False)
-    bar = TQDMProgressBar(refresh_rate=1 if sys.stdout.isatty() else 100)
-    with _lightning_kept_quiet():
-        trainer = pl.Trainer(
+    tree = tree_of(module)
+    assert tree is not None
+    tree.seed_everything(seed, verbose=False)
+    bar = tree.callbacks.TQDMProgressBar(refresh_rate=1 if sys.stdout.isatty() else 100)
+    with lightning_kept_quiet():
+        trainer = tree.Trainer(
+            **{**DEFAULTS, **options},
             max_epochs=epochs,
-            devices=1,
             callbacks=[*callbacks, *([bar] if progress else [])],
             enable_progress_bar=progress,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            logger=False,
         )
         before = signal.getsignal(signal.SIGINT)
         try:
-            trainer.fit(Classifier(model.train(), lr, schedule), batches)
+            trainer.fit(module.train(), datamodule=data)
         except SystemExit as end:  # Lightning's, after a Ctrl-C; or the model's own
             if not isinstance(end.__context__, KeyboardInterrupt):
                 raise
@@ -83,17 +66,20 @@ def fit(
         finally:
             if before is not None:
                 signal.signal(signal.SIGINT, before)
-    return model.cpu().eval()
+    module.trainer = None
+    return module.cpu().eval()
 
 
-def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Return the percentage of images whose largest logit is their label's."""
-    right = total = 0
-    with torch.inference_mode():
-        for images, labels in batches:
-            right += int((model(images).argmax(1) == labels).sum())
-            total += len(labels)
-    return 100 * right / total
+class LowerRates(Callback):
+    """Multiply every optimizer's rates, as `WeightClustering` does, for the control."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lower the rates of the optimizers just built."""
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        scale_rates(trainer.optimizers, schedulers, self.factor)
 
 
 class GradualPruning(Callback):
@@ -108,26 +94,30 @@ class GradualPruning(Callback):
 
     UPDATES = 30
 
-    def __init__(self, sparsity: float) -> None:
+    def __init__(self, sparsity: float, path: str = "") -> None:
         self.sparsity = sparsity
+        self.path = path
         self._done = 0
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Prune further when the schedule has come to its next update."""
-        ramp = 0.75 * trainer.estimated_stepping_batches
-        due = min(self.UPDATES, int(self.UPDATES * (trainer.global_step + 1) / ramp))
+        # Batches, not optimizer steps: of these a module with two optimizers takes two a batch.
+        a_pass = int(trainer.num_training_batches)
+        ramp = 0.75 * a_pass * (trainer.max_epochs or 1)
+        seen = trainer.current_epoch * a_pass + batch_idx + 1
+        due = min(self.UPDATES, int(self.UPDATES * seen / ramp))
         if due > self._done:
             self._done = due
             share = self.sparsity * (1 - (1 - due / self.UPDATES) ** 3)
-            weights = prunable(pl_module)
+            weights = prunable(pl_module.get_submodule(self.path))
             _make_permanent(weights)
             prune.global_unstructured(weights, prune.L1Unstructured, amount=share)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the zeros permanent."""
-        _make_permanent(prunable(pl_module))
+        _make_permanent(prunable(pl_module.get_submodule(self.path)))
 
 
 def prunable(model: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -154,9 +144,9 @@ def _make_permanent(weights: Iterable[tuple[nn.Module, str]]) -> None:
 
 
 @contextmanager
-def _lightning_kept_quiet() -> Iterator[None]:
+def lightning_kept_quiet() -> Iterator[None]:
     """Leave out Lightning's lines about devices, and its advice that does not fit here."""
-    loggers = [logging.getLogger(f"pytorch_lightning.{n}") for n in _CHATTY]
+    loggers = [logging.getLogger(f"{tree}.{n}") for tree in TREES for n in _CHATTY]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         # Batches are slices of arrays in memory: worker processes would only copy them.
@@ -172,4 +162,4 @@ def _lightning_kept_quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-_CHATTY: tuple[Any, ...] = ("utilities.rank_zero", "accelerators.cuda")
+_CHATTY = ("utilities.rank_zero", "accelerators.cuda")

@@ -1,0 +1,40 @@
+"""A checkpoint, clustered or plain, into the model or module of a recipe."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from torchclust.model.restore import restore_
+from torchclust.recipes.section import RecipeError
+
+
+def load_checkpoint_(model: nn.Module, file: Path, section: str = "model") -> nn.Module:
+    """Load a state dict, clustered or plain, into `model`, in place.
+
+    Takes what ``torch.save(model.state_dict(), file)`` writes, and Lightning's checkpoints. Names
+    that all begin with ``model.`` lose that, unless the model itself has such names.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise RecipeError(f"{section}.checkpoint: cannot read {file}: {reason}") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        found = type(content).__name__
+        raise RecipeError(f"{section}.checkpoint: {file} holds a {found}, no state dict")
+    has_prefix = all(str(name).startswith("model.") for name in model.state_dict())
+    if content and not has_prefix and all(str(name).startswith("model.") for name in content):
+        content = {name.removeprefix("model."): value for name, value in content.items()}
+    try:
+        return restore_(model, content)
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(
+            f"{section}.checkpoint: {file} does not fit the {section}: {reason}"
+        ) from error

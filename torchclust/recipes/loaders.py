@@ -1,0 +1,43 @@
+"""Data modules from loaders: what a Trainer, of either Lightning, is given in every case."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from torchclust.zoo.dataset import Data, loader
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningDataModule
+
+EVALUATION_BATCH = 250
+PARTS = ("train", "val", "test")
+
+
+def of_loaders(tree: ModuleType, **loaders: Iterable[Any]) -> LightningDataModule:
+    """Return a data module of that tree that gives these loaders, by the name of the part."""
+    data: LightningDataModule = tree.LightningDataModule()
+    for part, batches in loaders.items():
+        setattr(data, f"{part}_dataloader", functools.partial(given, batches))
+    return data
+
+
+def named_data(tree: ModuleType, data: Data, batch_size: int, seed: int) -> LightningDataModule:
+    """Return a named data set as a data module: training batches in an order of its own."""
+    return of_loaders(
+        tree,
+        train=loader(data.train, batch_size, seed=seed),
+        test=loader(data.test, EVALUATION_BATCH),
+    )
+
+
+def judge_on_(data: LightningDataModule, batches: Iterable[Any]) -> None:
+    """Make these the test batches."""
+    data.test_dataloader = functools.partial(given, batches)  # type: ignore[method-assign]
+
+
+def given(batches: Iterable[Any]) -> Iterable[Any]:
+    """Return what it is given: Lightning looks into a hook's code, and processes pickle it."""
+    return batches

@@ -1,0 +1,97 @@
+"""What a recipe names as ``module.Class``: found, called with the keys that it takes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchclust.recipes.section import RecipeError, nearest
+
+_NOT_THE_USERS = (
+    Path(__file__).parents[1],
+    Path(torch.__file__).parents[1],
+    Path(inspect.__file__).parent,
+)
+
+
+def import_target(key: str, target: str, folder: str | None) -> Callable[..., Any]:
+    """Import what a recipe's key names.
+
+    As for a script, modules in its folder are found: the recipe's folder, then the folder where
+    the command runs.
+    """
+    for place in (str(Path.cwd()), *([str(Path(folder).resolve())] if folder else ())):
+        if place not in sys.path:
+            sys.path.insert(0, place)
+    module, _, attribute = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(
+            f"{key}: cannot import {target!r}: {error} (expected package.module.Class, "
+            "importable from the recipe's folder or where you run, or installed)"
+        ) from error
+    if not callable(found):
+        raise RecipeError(f"{key}: {target} is {found!r}, which can not be called")
+    call: Callable[..., Any] = found
+    return call
+
+
+def called(section: str, label: str, function: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """Call what a section names with the section's other keys."""
+    check_arguments(section, label, function, given)
+    try:
+        return function(**given)
+    except RecipeError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"{section}: {label} can not be built: {told(error)}") from error
+
+
+def check_arguments(
+    section: str, label: str, function: Callable[..., Any], given: dict[str, Any]
+) -> None:
+    """Refuse keys that are no parameters of `function`, naming the nearest that is."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    valid = [name for name in parameters if name not in ("input_shape", "n_classes")]
+    for key in given:
+        if key not in parameters:
+            raise RecipeError(
+                f"unknown key {section}.{key}: {label} takes "
+                + (f"no such argument; {nearest(key, valid)}" if valid else "no arguments")
+            )
+    for key, parameter in parameters.items():
+        fixed = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if fixed and parameter.default is parameter.empty and key not in given:
+            raise RecipeError(f"{label} needs {section}.{key}:  --set {section}.{key}=...")
+
+
+def told(error: BaseException) -> str:
+    """Return an error's kind, its first line, and where in the user's own code it came up."""
+    where, trace = "", error.__traceback__
+    while trace is not None:
+        file = Path(trace.tb_frame.f_code.co_filename)
+        if file.is_file() and not any(place in file.parents for place in _NOT_THE_USERS):
+            where = f" ({file.name}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {' '.join(lines[0].split())}{where}"
+
+
+def digest_of(function: Callable[..., Any]) -> str:
+    """Return a digest of the file that defines a target, which changes while the name stays."""
+    try:
+        source = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # built in
+        source = None
+    content = Path(source).read_bytes() if source and Path(source).is_file() else b""
+    return hashlib.sha256(content).hexdigest()
