@@ -74,6 +74,17 @@ def sweep(args: Namespace) -> Any:
     return rows
 
 
+def new(args: Namespace) -> Any:
+    """Write a small project to begin with, and say how to run it."""
+    from torchclust.recipes.new import new_project
+
+    files = new_project(args.folder)
+    if _tables(args):
+        print("\n".join(map(str, files)))
+        print(f"Run it as it is:  cd {args.folder} && torchclust run recipe.yaml")
+    return {"files": [str(file) for file in files]}
+
+
 def report(args: Namespace) -> Any:
     """Show what is in a file of weights."""
     from torchclust.cli.file_report import describe

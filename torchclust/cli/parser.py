@@ -1,4 +1,4 @@
-"""The command line: ``torchclust run``, ``check``, ``sweep``, ``report``, ``export``, ``vela``.
+"""The command line: ``torchclust run``, ``check``, ``sweep``, ``new``, ``report`` and others.
 
 What a command does is in `torchclust.cli.commands`; here is how it is asked for, and how it ends.
 To print its help, or its version, the program imports nothing beyond the standard library.
@@ -32,8 +32,9 @@ EXAMPLES = {
     "sweep": (
         "torchclust sweep recipes/mnist_cnn.yaml --set cluster.n_clusters=4,8,16,32",
         "torchclust sweep recipes/mnist_cnn.yaml --set cluster.n_clusters=8,16 "
-        "--set cluster.assignment=fixed,nearest",
+        "--set cluster.assignment=fixed,nearest --jobs 2",
     ),
+    "new": ("torchclust new my_project",),
     "report": (
         "torchclust report runs/mnist_cnn/int8.tflite",
         "torchclust report runs/mnist_cnn/model.packed --json",
@@ -60,7 +61,7 @@ shell completion (needs the package shtab: pip install "torchclust[recipes]"):
   zsh   torchclust --print-completion zsh > DIR/_torchclust, DIR being one of your $fpath
 """
 # What to install for everything that a command may need.
-_EXTRAS = {"check": "recipes", "report": "export", "vela": "export"}
+_EXTRAS = {"check": "recipes", "new": "recipes", "report": "export", "vela": "export"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,6 +127,9 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--jobs", "-j", type=int, default=1, metavar="N", help="runs at a time, default 1"
     )
+
+    new = _command(all_commands, "new", commands.new, "write a project of one's own to begin with")
+    _file(new, "folder", "a folder that is not there yet")
 
     report = _command(all_commands, "report", commands.report, "what is in a file of weights")
     _file(report, "file", "a .tflite file, a checkpoint, or a packed model")

@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Stages:
         text = json.dumps([versions(), depends], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         file = self.folder / f"{name}-{digest}.pt"
-        with _alone(file):
+        with nullcontext() if file.exists() else _alone(file):
             stored = _load(file)
             if stored is not None and is_whole(stored):
                 self.say(f"{name}: done before")
@@ -79,7 +79,7 @@ class Stages:
 def _alone(file: Path) -> Iterator[None]:
     """Let one process at a time see to a file; the lock goes with the process, killed or not."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_suffix(".lock").open("w") as lock:
+    with file.with_name(f".{file.stem}.lock").open("w") as lock:
         if sys.platform != "win32":
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +33,23 @@ def named_data(tree: ModuleType, data: Data, batch_size: int, seed: int) -> Ligh
     )
 
 
-def judge_on_(data: LightningDataModule, batches: Iterable[Any]) -> None:
+class Batches:
+    """Batches in memory as a loader; a list Lightning would take for several loaders."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+
+def judge_on_(data: LightningDataModule, batches: Sequence[Any]) -> None:
     """Make these the test batches."""
-    data.test_dataloader = functools.partial(given, batches)  # type: ignore[method-assign]
+    kept = Batches(batches)
+    data.test_dataloader = functools.partial(given, kept)  # type: ignore[method-assign]
 
 
 def given(batches: Iterable[Any]) -> Iterable[Any]:

@@ -23,8 +23,8 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """The name as a heading begins with it."""
-        return self.name[:1].upper() + self.name[1:]
+        """The name as a sentence begins with it; one with underscores stays as it is logged."""
+        return self.name if "_" in self.name else self.name[:1].upper() + self.name[1:]
 
     @property
     def label(self) -> str:
