@@ -52,6 +52,9 @@ once. A `report.json` of an earlier run is a recipe too.
 A run writes into its folder: `report.md` for people and `report.json` for scripts, `report.png`,
 `float.tflite`, `int8.tflite` (clustered), `baseline_int8.tflite` (the *control*, trained for as
 long without clustering), what Vela made of both, `model.packed`, and the recipe as it was run.
+
+A LightningModule of your own, with its data and its metric, stands in the place of `model`:
+[your network, your data, your loss](your-project.md).
 """
 
 
@@ -106,7 +109,7 @@ def _default(key: str, told: Mapping[str, Any], required: Iterable[str]) -> str:
     if key in required:
         return "needed"
     value = told.get("default")
-    return "none" if value in (None, {}) else f"`{_yaml(value)}`"
+    return "none" if value in (None, {}, "") else f"`{_yaml(value)}`"
 
 
 def _say(told: Mapping[str, Any]) -> str:

@@ -69,7 +69,10 @@ def run_python(code: str, namespace: dict[str, object], place: str) -> None:
 def check_yaml(text: str, place: str) -> None:
     """A recipe, or sections to put into one."""
     shown = parse_yaml(text, source=place)
-    parse_recipe({**load_recipe(ROOT / "recipes/mnist_cnn.yaml").to_dict(), **shown}, source=place)
+    others = load_recipe(ROOT / "recipes/mnist_cnn.yaml").to_dict()
+    if "module" in shown:
+        del others["model"]
+    parse_recipe({**others, **shown}, source=place)
 
 
 def run_torchclust(words: list[str], later: str) -> None:
