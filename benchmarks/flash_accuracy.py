@@ -19,7 +19,7 @@ import argparse
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -29,9 +29,13 @@ from torch import Tensor, nn
 
 from torchclust import cluster_, strip_, zoo
 from torchclust.export import to_tflite, vela
+from torchclust.export.file_network import FileNetwork
 from torchclust.lightning import WeightClustering
-from torchclust.recipes.artifacts import tflite_accuracy
-from torchclust.recipes.training import accuracy, fit
+from torchclust.lightning.trees import Callback, installed
+from torchclust.recipes.classifier import Classifier, accuracy
+from torchclust.recipes.loaders import of_loaders
+from torchclust.recipes.schema import Schedule
+from torchclust.recipes.training import fit
 from torchclust.zoo import Data, fashion_mnist, loader, samples
 
 FOLDER = Path("runs/flash_accuracy")
@@ -82,8 +86,7 @@ def base(data: Data, seed: int, batch_norm: bool) -> nn.Module:
     if path.exists():
         model.load_state_dict(torch.load(path))
         return model.eval()
-    train = loader(data.train, 250, seed=seed)
-    fit(model, train, epochs=6, lr=1e-3, seed=seed, progress=False)
+    train_(model, data, seed, epochs=6)
     torch.save(model.state_dict(), path)
     return model
 
@@ -102,33 +105,39 @@ def as_others_do(model: nn.Module) -> nn.Module:
     return model
 
 
+def train_(
+    model: nn.Module,
+    data: Data,
+    seed: int,
+    *,
+    epochs: int,
+    lr: float = 1e-3,
+    schedule: Schedule = "constant",
+    callbacks: Sequence[Callback] = (),
+) -> None:
+    """Train in place, with Adam."""
+    batches = of_loaders(installed()[0], train=loader(data.train, 250, seed=seed))
+    module = Classifier(model, lr, schedule)
+    fit(module, batches, epochs=epochs, seed=seed, callbacks=callbacks, progress=False)
+
+
 def measure(data: Data, seed: int, batch_norm: bool, name: str) -> dict[str, Any]:
     rules, options = points()[name]
     model = base(data, seed, batch_norm)
     if rules is not None:
         cluster_(model, rules, **options)
-    train = loader(data.train, 250, seed=seed)
     quantized = WeightClustering(lr_scale=1.0, strip=False, quantize_activations=name == CQAT)
     callbacks = [quantized] if name == CQAT else []
-    fit(
-        model,
-        train,
-        epochs=2,
-        lr=3e-4,
-        schedule="cosine",
-        seed=seed,
-        callbacks=callbacks,
-        progress=False,
-    )
+    train_(model, data, seed, epochs=2, lr=3e-4, schedule="cosine", callbacks=callbacks)
     reached = accuracy(model, loader(data.test, 1000))
     if name.startswith("float"):
         model = as_others_do(model)
     calibration: Tensor = samples(data.train, 200, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.tflite"
-        to_tflite(model, calibration[:1], path, calibration=[calibration])
+        done = to_tflite(model, calibration[:1], path, calibration=[calibration])
         report = vela(path, output_dir=folder)
-        percent = tflite_accuracy(path, loader(data.test, 1000))
+        percent = accuracy(FileNetwork(done, model, [calibration]), loader(data.test, 1000))
     return {
         "point": name,
         "seed": seed,

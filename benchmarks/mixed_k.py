@@ -25,11 +25,14 @@ from torch import nn
 from torchclust import mixed, zoo
 from torchclust.allocation import Curves
 from torchclust.export import to_tflite, vela
-from torchclust.recipes.artifacts import tflite_accuracy
+from torchclust.export.file_network import FileNetwork
+from torchclust.lightning.trees import installed
+from torchclust.recipes.classifier import Classifier, accuracy
 from torchclust.recipes.load import parse_recipe
+from torchclust.recipes.loaders import of_loaders
 from torchclust.recipes.prepare import clustered_copy
 from torchclust.recipes.schema import ClusterSection, Recipe, Schedule
-from torchclust.recipes.training import accuracy, fit
+from torchclust.recipes.training import fit
 from torchclust.zoo import Data, fashion_mnist, loader, samples
 
 ROOT = Path(__file__).parent.parent
@@ -70,14 +73,15 @@ def base(data: Data, seed: int) -> nn.Module:
 def trained(
     data: Data, model: nn.Module, seed: int, *, epochs: int, lr: float, schedule: Schedule
 ) -> nn.Module:
-    batches = loader(data.train, 250, seed=seed)
-    return fit(model, batches, epochs=epochs, lr=lr, schedule=schedule, seed=seed, progress=False)
+    batches = of_loaders(installed()[0], train=loader(data.train, 250, seed=seed))
+    module = Classifier(model, lr, schedule)
+    return fit(module, batches, epochs=epochs, seed=seed, progress=False).model
 
 
 def measure(data: Data, seed: int, budget: float) -> Row:
     recipe, start = recipe_of(seed, budget), base(data, seed)
     if seed not in CURVES:
-        images = samples(data.train, mixed.IMAGES, seed=seed)
+        images = samples(data.train, mixed.SAMPLES, seed=seed)
         CURVES[seed] = mixed.curves_of(recipe, start, images)
     models: dict[str, nn.Module] = {}
 
@@ -90,14 +94,14 @@ def measure(data: Data, seed: int, budget: float) -> Row:
         models[json.dumps(section.rules)] = model
         return model
 
-    chosen = mixed.choose(recipe, start, CURVES[seed], [], train)
+    chosen = mixed.choose(recipe, start, CURVES[seed], lambda section: 0.0, train)
     model = models[json.dumps(chosen.section.rules)]
     calibration = samples(data.train, 200, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.tflite"
-        to_tflite(copy.deepcopy(model), calibration[:1], path, calibration=[calibration])
+        done = to_tflite(copy.deepcopy(model), calibration[:1], path, calibration=[calibration])
         report = vela(path, output_dir=folder)
-        percent = tflite_accuracy(path, loader(data.test, 1000))
+        percent = accuracy(FileNetwork(done, model, [calibration]), loader(data.test, 1000))
     return {
         "seed": seed,
         "budget_kib": budget,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import torchclust
-from torchclust.recipes.training import accuracy
+from torchclust.recipes.classifier import accuracy
 from torchclust.zoo import Data, fashion_mnist, loader, mobilenet_v2, resnet8, samples
 from torchclust.zoo.networks import Residual
 

@@ -11,6 +11,7 @@ from torchclust.recipes.report import gains, markdown, show
 REPORT: dict[str, Any] = {
     "name": "made up",
     "seed": 0,
+    "metric": {"name": "accuracy", "mode": "max", "unit": "%"},
     "accuracy": {"float": 91.0, "control": 92.0, "pruned": None, "before_finetune": 80.0,
                  "clustered": 91.5, "int8": 91.25, "baseline_int8": 92.0},
     "bytes": {"float_tflite": 4096, "float_tflite_zip": 4000, "clustered_float_tflite_zip": 1000,
