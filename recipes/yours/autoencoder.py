@@ -38,10 +38,11 @@ def spectra(count: int, seed: int, *, faulty: bool = False) -> Tensor:
 def loaders(batch_size: int = 64, train: int = 4000) -> dict[str, Iterable[Any]]:
     """Return healthy spectra to train on; to test on, half of them faulty."""
     tested = torch.cat([spectra(400, 2), spectra(400, 3, faulty=True)])
-    is_faulty = torch.arange(800) >= 400
+    of_train = TensorDataset(spectra(train, 0), torch.zeros(train, dtype=torch.bool))
+    of_test = TensorDataset(tested, torch.arange(800) >= 400)
     return {
-        "train": DataLoader(TensorDataset(spectra(train, 0)), batch_size, shuffle=True),
-        "test": DataLoader(TensorDataset(tested, is_faulty), 200),
+        "train": DataLoader(of_train, batch_size, shuffle=True),
+        "test": DataLoader(of_test, 200),
     }
 
 
@@ -57,7 +58,7 @@ class Hum(pl.LightningModule):
             layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
         self.net = nn.Sequential(*layers[:-2])
 
-    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the squared error of what comes out."""
         return nn.functional.mse_loss(self.net(batch[0]), batch[0])
 

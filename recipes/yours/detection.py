@@ -19,7 +19,7 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 class Images(pl.LightningDataModule):
     """Images with one shape each."""
 
-    def __init__(self, batch_size: int = 32, train: int = 3000, test: int = 500) -> None:
+    def __init__(self, batch_size: int = 32, train: int = 1500, test: int = 300) -> None:
         super().__init__()
         self.batch_size, self.train, self.test = batch_size, train, test
 
@@ -53,7 +53,7 @@ class Detector(nn.Module):
 class Detection(pl.LightningModule):
     """Learns both outputs together."""
 
-    def __init__(self, width: int = 12, lr: float = 2e-3) -> None:
+    def __init__(self, width: int = 8, lr: float = 2e-3) -> None:
         super().__init__()
         self.lr, self.net = lr, Detector(width)
 

@@ -16,7 +16,7 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 class Images(pl.LightningDataModule):
     """Images with the mask of what is in them."""
 
-    def __init__(self, batch_size: int = 32, train: int = 1500, test: int = 300) -> None:
+    def __init__(self, batch_size: int = 32, train: int = 800, test: int = 200) -> None:
         super().__init__()
         self.batch_size, self.train, self.test = batch_size, train, test
 

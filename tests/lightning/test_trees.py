@@ -62,6 +62,21 @@ def test_the_callback_belongs_to_every_tree(tree: ModuleType) -> None:
     assert isinstance(WeightClustering(), tree.Callback)
 
 
+@each
+def test_lightning_cli_of_every_tree_takes_it(tree: ModuleType, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    callback = {"class_path": "torchclust.lightning.WeightClustering", "init_args": {"rules": 4}}
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    cli = importlib.import_module(f"{tree.__name__}.cli").LightningCLI(
+        type(module_of(tree)),
+        run=False,
+        save_config_callback=None,
+        args={"trainer": {**quiet, "callbacks": [callback]}},
+    )
+    found = [c for c in cli.trainer.callbacks if isinstance(c, WeightClustering)]
+    assert [c.rules for c in found] == [4]
+
+
 @pytest.mark.parametrize("options", [{}, {"assignment": "nearest", "start_epoch": 1}], ids=str)
 def test_the_same_module_ends_at_the_same_bits(options: dict[str, Any]) -> None:
     one, other = (fitted(importlib.import_module(name), **options).state_dict() for name in BOTH)

@@ -201,6 +201,7 @@ def test_a_budget_of_the_users_metric_in_either_direction(tmp_path: Path, mode: 
         ("module.learning_rate=1", r"unknown key module\.learning_rate: own_project\.module takes"),
         ("module.kind=None", r"module: own_project\.module can not be built: KeyError: 'None'"),
         ("data.test=false", r"own_project\.loaders makes builtins\.dict with 'train'; a"),
+        ("data.empty=true", "data.target: own_project.loaders has no test batches"),
         ("data={target: own_project.data_module, test: false}",
          r"own_project\.data_module has no test loader; .*def test_dataloader"),
         ("data={target: own_project.data_module, tree: lightning.pytorch}",
@@ -291,13 +292,15 @@ def test_metric_words() -> None:
 
 
 @pytest.mark.slow
-def test_the_file_itself_is_judged_by_test_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exports", ["net", ""])
+def test_the_file_itself_is_judged_by_test_step(tmp_path: Path, exports: str) -> None:
     """What test_step makes of the file's outputs, computed once more by hand."""
-    report = run(tmp_path, "train.epochs=10", export={"calibration_samples": 40})
+    settings = ("train.epochs=10", f"module.exports='{exports}'")
+    report = run(tmp_path, *settings, export={"calibration_samples": 40})
     from torchclust.export.runner import Runner
 
     file = Runner((tmp_path / "int8.tflite").read_bytes(), reference=False)
-    gain = states(tmp_path)["finetune"]["gain"]
+    gain = states(tmp_path)["finetune"]["gain"] if exports else 1.0
     x, y = own_project.samples(40, 1).tensors
     outputs = torch.cat([torch.from_numpy(file([row])[0]) for row in x.split(1)])
     expected = nn.functional.mse_loss(gain * outputs, y)
