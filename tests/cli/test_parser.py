@@ -31,7 +31,7 @@ train: {epochs: 1}
 cluster: {n_clusters: 8}
 finetune: {epochs: 1}
 """
-COMMANDS = ("run", "check", "sweep", "report", "export", "vela")
+COMMANDS = ("run", "check", "sweep", "new", "report", "export", "vela")
 
 
 @pytest.fixture

@@ -61,6 +61,7 @@ shell completion (needs the package shtab: pip install "torchclust[recipes]"):
   zsh   torchclust --print-completion zsh > DIR/_torchclust, DIR being one of your $fpath
 """
 # What to install for everything that a command may need.
+_FOLDERS = ("output", "folder")  # arguments that are folders
 _EXTRAS = {"check": "recipes", "new": "recipes", "report": "export", "vela": "export"}
 
 
@@ -237,7 +238,7 @@ class _PrintCompletion(argparse.Action):
         (found,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
         for action in (action for command in found.choices.values() for action in command._actions):
             if action.type is Path:
-                action.complete = shtab.DIRECTORY if action.dest == "output" else shtab.FILE
+                action.complete = shtab.DIRECTORY if action.dest in _FOLDERS else shtab.FILE
         print(shtab.complete(parser, given[1]))
         parser.exit()
 
