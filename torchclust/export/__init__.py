@@ -21,6 +21,7 @@ Example:
 """
 
 from torchclust.export.backends import ExportError
+from torchclust.export.executorch.program import PTEExport, to_pte
 from torchclust.export.inspect import Inspection, Port, WeightRow, inspect_tflite
 from torchclust.export.tflite import OperatorRow, TFLiteExport, to_tflite
 from torchclust.export.vela import CpuOperator, VelaError, VelaLayer, VelaReport, vela
@@ -31,6 +32,7 @@ __all__ = [
     "ExportError",
     "Inspection",
     "OperatorRow",
+    "PTEExport",
     "Port",
     "TFLiteExport",
     "TensorRow",
@@ -39,6 +41,7 @@ __all__ = [
     "VelaReport",
     "WeightRow",
     "inspect_tflite",
+    "to_pte",
     "to_tflite",
     "vela",
 ]

@@ -6,8 +6,9 @@ histogram that widens as they come, so one pass over any iterable is enough and 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from torchclust.export.graph import Graph
 from torchclust.export.runner import Runner
+from torchclust.progress import track
 
 Array: TypeAlias = npt.NDArray[Any]
 Sample: TypeAlias = tuple[Tensor, ...]
@@ -28,6 +30,31 @@ RANGES = ("minmax", "percentile", "mse")
 _BINS = 2048
 _OUTLIERS = 1e-4  # "percentile" leaves out this share of the values, on each side
 _CLIPPINGS = 64  # how many clipping points "mse" tries on each side
+
+
+def check(calibration: object, call: str) -> None:
+    """Refuse what is no calibration data; ``call`` is the line that the user meant to type."""
+    if calibration is None:
+        raise ValueError(f"an int8 file needs calibration data, got None:  {call}")
+    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable | Sized):
+        raise TypeError(
+            "calibration must be an iterable of batches, such as a list or a DataLoader, got "
+            f"{type(calibration).__name__}. A single batch goes into a list:  calibration=[batch]"
+        )
+
+
+def draw(
+    calibration: Iterable[Any], example: Sequence[Tensor], keys: tuple[str, ...] | None
+) -> Iterable[Sample]:
+    """`samples` with a progress bar; the first is drawn at once, before any long work."""
+    drawn = samples(track(calibration, "Calibrating"), example, keys)
+    first = next(drawn, None)
+    if first is None:
+        raise ValueError(
+            "calibration is empty. An iterator that was read before gives nothing any more; pass "
+            "a list or a DataLoader"
+        )
+    return itertools.chain([first], drawn)
 
 
 def samples(

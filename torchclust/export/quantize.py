@@ -12,7 +12,7 @@ from torchclust.export.calibration import Range
 from torchclust.export.clustered import Placed
 from torchclust.export.codes import LARGEST
 from torchclust.export.container import inline_buffers
-from torchclust.export.graph import Array, Graph, Operator
+from torchclust.export.graph import Array, Graph, Operator, Weight
 
 # Biases are int32 in units of input scale x weight scale, and the accumulator shares the range.
 _BIAS_LIMIT = 2.0**30
@@ -23,7 +23,10 @@ _PER_TENSOR = ("GATHER", "BATCH_MATMUL")
 
 
 def quantize(
-    content: bytearray, graph: Graph, placed: Sequence[Placed], observed: Mapping[str, Range]
+    content: bytearray,
+    graph: Graph,
+    placed: Sequence[Placed[Weight]],
+    observed: Mapping[str, Range],
 ) -> bytes:
     """Quantize a float file: int8 weights per channel, int8 activations, int8 in and out.
 
@@ -63,7 +66,7 @@ def quantize(
 
 
 def _set_weights(
-    graph: Graph, placed: Sequence[Placed], observed: Mapping[str, Range]
+    graph: Graph, placed: Sequence[Placed[Weight]], observed: Mapping[str, Range]
 ) -> dict[int, Array]:
     """Choose every weight's scales and write clustered weights as exact multiples of them.
 
@@ -88,15 +91,20 @@ def _set_weights(
 
 
 def _least_scale(graph: Graph, operator: Operator, observed: Mapping[str, Range]) -> Array:
+    return least_scale(
+        graph.bias(operator),
+        _step(observed.get(graph.activation(operator).name)),
+        _step(observed.get(graph.tensors[operator.outputs[0]].name)),
+    )
+
+
+def least_scale(bias: Array | None, step_in: float, step_out: float) -> Array:
     """The smallest scale per channel that keeps bias and rescaling inside 32 bits.
 
     The bias is stored in units of input scale x weight scale, and the result is rescaled by
     input scale x weight scale / output scale; a scale far below both overflows the one and
     underflows the other, and what such a channel adds to its bias is far below one step anyway.
     """
-    step_in = _step(observed.get(graph.activation(operator).name))
-    step_out = _step(observed.get(graph.tensors[operator.outputs[0]].name))
-    bias = graph.bias(operator)
     largest = np.zeros(1) if bias is None else np.abs(bias.reshape(-1))
     least = np.maximum(largest, step_out) / (step_in * _BIAS_LIMIT) if step_in else 0.0
     return np.maximum(least, _LEAST_SCALE)

@@ -11,10 +11,8 @@ is in it.
 from __future__ import annotations
 
 import builtins
-import itertools
 import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +24,15 @@ from torchclust.export import backends, layout
 from torchclust.export import calibration as calibrating
 from torchclust.export.backends import ExportError
 from torchclust.export.clustered import Placed, find_clustered, trained_codes
-from torchclust.export.graph import Graph, read_graph
+from torchclust.export.graph import Graph, Weight, read_graph
 from torchclust.export.inspect import Port, count_operators, float_operators, port
 from torchclust.export.learned import find_learned
 from torchclust.export.pointwise import convolutions_for_linears
 from torchclust.export.quantize import quantize
+from torchclust.export.runner import Runner
 from torchclust.export.transposes import without_transposes
-from torchclust.export.verify import Agreement, Comparison, TensorRow, check_codes
-from torchclust.progress import track
+from torchclust.export.verify import Agreement, Comparison, TensorRow, check_codes, most_samples
+from torchclust.export.whole_file import check_folder, write_whole
 
 
 @dataclass(frozen=True)
@@ -126,12 +125,14 @@ def to_tflite(
     """
     _check_arguments(Path(path), calibration, float, ranges)
     prepared = layout.prepare(model, example_inputs, last=channels_last, float_file=float)
-    samples = _samples(calibration, prepared)
+    samples: Iterable[calibrating.Sample] = ()
+    if calibration is not None:
+        samples = calibrating.draw(calibration, prepared.arguments, prepared.module.keys)
     converted = without_transposes(_convert(prepared))
     content = bytearray(converted if float else convolutions_for_linears(converted))
     graph = read_graph(content)
-    placed = find_clustered(graph, trained_codes(model, prepared), prepared.used)
-    comparison = Comparison(prepared, graph)
+    placed = find_clustered(graph.weights(), trained_codes(model, prepared), prepared.used)
+    comparison = Comparison(prepared, most_samples(graph))
     inputs = calibrating.Counted(comparison.collect(samples))
     learned = None
     if float:
@@ -146,8 +147,8 @@ def to_tflite(
         content = bytearray(quantize(content, graph, placed, observed))
         graph = read_graph(content)
         rows = check_codes(graph, placed)
-    agreement = comparison.run(bytes(content))
-    _write(Path(path), content)
+    agreement = comparison.run(lambda: Runner(bytes(content)))
+    write_whole(Path(path), content)
     missed = None if learned is None else learned.missed
     return _result(Path(path), len(content), prepared, graph, rows, agreement, inputs.count, missed)
 
@@ -156,37 +157,11 @@ def _check_arguments(path: Path, calibration: object, float_: bool, ranges: str)
     if ranges not in calibrating.RANGES:
         valid = ", ".join(map(repr, calibrating.RANGES))
         raise ValueError(f"ranges must be one of {valid}, got {ranges!r}")
-    if calibration is None and not float_:
-        raise ValueError(
-            "an int8 file needs calibration data, got None:  "
-            "to_tflite(model, inputs, path, calibration=loader)"
-        )
-    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable | Sized | None):
-        raise TypeError(
-            "calibration must be an iterable of batches, such as a list or a DataLoader, got "
-            f"{type(calibration).__name__}. A single batch goes into a list:  calibration=[batch]"
-        )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if calibration is not None or not float_:
+        calibrating.check(calibration, "to_tflite(model, inputs, path, calibration=loader)")
+    check_folder(path)
     backends.litert_torch()  # a missing package shows before any work
     backends.quantizer()
-
-
-def _samples(
-    calibration: Iterable[Any] | None, prepared: layout.Prepared
-) -> Iterable[calibrating.Sample]:
-    """Calibration data sample by sample; the first is drawn at once, before any long work."""
-    if calibration is None:
-        return ()
-    batches = track(calibration, "Calibrating")
-    samples = calibrating.samples(batches, prepared.arguments, prepared.module.keys)
-    first = next(samples, None)
-    if first is None:
-        raise ValueError(
-            "calibration is empty. An iterator that was read before gives nothing any more; pass "
-            "a list or a DataLoader"
-        )
-    return itertools.chain([first], samples)
 
 
 def _convert(prepared: layout.Prepared) -> bytes:
@@ -202,28 +177,9 @@ def _convert(prepared: layout.Prepared) -> bytes:
         ) from error
 
 
-def _float_row(placed: Placed) -> TensorRow:
+def _float_row(placed: Placed[Weight]) -> TensorRow:
     tensor, trained = placed.weight.tensor, placed.matched.trained
     return TensorRow(trained.name, tensor.name, tensor.shape, trained.n_clusters, None, None)
-
-
-def _write(path: Path, content: bytes | bytearray) -> None:
-    """Write beside the target and rename, so that no half-written file is ever seen."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _result(

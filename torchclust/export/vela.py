@@ -165,45 +165,70 @@ def vela(
             and 16 codes, so more than 16 may save nothing there.
     """
     path = Path(path)
-    family = accelerator.rpartition("-")[0]
-    if accelerator not in ACCELERATORS:
-        raise ValueError(
-            f"accelerator must be one of {', '.join(ACCELERATORS)}, got {accelerator!r}"
-        )
+    chosen = Configuration.of(accelerator, system_config, memory_mode, config)
     if importlib.util.find_spec("ethosu") is None:
         raise ImportError(f"compiling needs Vela, which is not installed:  {INSTALL}")
-    _, default_system, default_memory = _FAMILIES[family]
-    system_config = system_config or default_system
-    memory_mode = memory_mode or default_memory
     inspected = inspect_tflite(path)
-    if family == "ethos-u85":
+    if accelerator.startswith("ethos-u85"):
         _warn_about_codes(inspected)
     target = Path(output_dir) if output_dir is not None else path.parent
+    return compile_with(path, chosen, target)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What Vela compiles for: an accelerator, its clocks and memories, and their file."""
+
+    accelerator: str
+    system_config: str
+    memory_mode: str
+    config: str = "Arm/vela.ini"
+
+    @classmethod
+    def of(
+        cls,
+        accelerator: str,
+        system_config: str | None,
+        memory_mode: str | None,
+        config: str | os.PathLike[str] | None = None,
+    ) -> Configuration:
+        """The defaults of the accelerator's family where None is given."""
+        if accelerator not in ACCELERATORS:
+            raise ValueError(
+                f"accelerator must be one of {', '.join(ACCELERATORS)}, got {accelerator!r}"
+            )
+        _, default_system, default_memory = _FAMILIES[accelerator.rpartition("-")[0]]
+        return cls(
+            accelerator,
+            system_config or default_system,
+            memory_mode or default_memory,
+            os.fspath(config) if config is not None else cls.config,
+        )
+
+
+def compile_with(
+    path: Path, chosen: Configuration, target: Path, output_format: str = "tflite"
+) -> VelaReport:
+    """Compile whatever Vela reads (.tflite, .tosa) into a folder and read its figures."""
     with tempfile.TemporaryDirectory() as folder:
         log = _run(
             path,
             {
-                "accelerator-config": accelerator,
-                "system-config": system_config,
-                "memory-mode": memory_mode,
-                "config": os.fspath(config) if config is not None else "Arm/vela.ini",
+                "accelerator-config": chosen.accelerator,
+                "system-config": chosen.system_config,
+                "memory-mode": chosen.memory_mode,
+                "config": chosen.config,
                 "output-dir": folder,
+                "output-format": output_format,
             },
         )
         summary = _one_row(Path(folder), path.stem)
         layers = _layers(Path(folder) / f"{path.stem}_per-layer.csv")
         target.mkdir(parents=True, exist_ok=True)
+        (compiled,) = Path(folder).glob(f"{path.stem}_vela.*")
         for file in Path(folder).iterdir():
             shutil.move(file, target / file.name)
-    return _report(
-        target / f"{path.stem}_vela.tflite",
-        accelerator,
-        system_config,
-        memory_mode,
-        summary,
-        log,
-        layers,
-    )
+    return _report(target / compiled.name, chosen, summary, log, layers)
 
 
 def _run(path: Path, options: Mapping[str, str]) -> str:
@@ -249,9 +274,7 @@ def _layers(file: Path) -> tuple[VelaLayer, ...]:
 
 def _report(
     compiled: Path,
-    accelerator: str,
-    system_config: str,
-    memory_mode: str,
+    chosen: Configuration,
     summary: Mapping[str, str],
     log: str,
     layers: tuple[VelaLayer, ...],
@@ -261,9 +284,9 @@ def _report(
 
     return VelaReport(
         path=compiled,
-        accelerator=accelerator,
-        system_config=system_config,
-        memory_mode=memory_mode,
+        accelerator=chosen.accelerator,
+        system_config=chosen.system_config,
+        memory_mode=chosen.memory_mode,
         vela_version=metadata.version("ethos-u-vela"),
         encoded_weight_bytes=round(float(summary["total_npu_encoded_weights"])),
         original_weight_bytes=round(float(summary["total_original_weights"])),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -15,7 +16,9 @@ from torchclust.export.clustered import Placed
 from torchclust.export.codes import most_codes
 from torchclust.export.graph import Array, Graph, Weight
 from torchclust.export.layout import Prepared
-from torchclust.export.runner import Runner
+
+# Float inputs in the file's layout to float outputs, one sample at a time.
+Answering: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Array]]
 
 # Reference kernels are slow (some 0.1 G multiplications a second), and a few dozen samples tell.
 _MOST_SAMPLES = 64
@@ -54,7 +57,7 @@ class Agreement:
     samples: int
 
 
-def check_codes(graph: Graph, placed: Sequence[Placed]) -> tuple[TensorRow, ...]:
+def check_codes(graph: Graph, placed: Sequence[Placed[Weight]]) -> tuple[TensorRow, ...]:
     """Count the codes of every clustered tensor of an int8 file, and compare them.
 
     Raises:
@@ -65,7 +68,7 @@ def check_codes(graph: Graph, placed: Sequence[Placed]) -> tuple[TensorRow, ...]
     return tuple(_check(p, by_name.get(p.weight.tensor.name)) for p in placed)
 
 
-def _check(placed: Placed, weight: Weight | None) -> TensorRow:
+def _check(placed: Placed[Weight], weight: Weight | None) -> TensorRow:
     matched, trained = placed.matched, placed.matched.trained
     if weight is None or weight.tensor.dtype != "int8":
         raise ExportError(
@@ -86,13 +89,18 @@ def _check(placed: Placed, weight: Weight | None) -> TensorRow:
     )
 
 
+def most_samples(graph: Graph) -> int:
+    """How many samples reference kernels run in a bearable time."""
+    return int(np.clip(_MOST_MACS / max(1, _macs(graph)), 2, _MOST_SAMPLES))
+
+
 class Comparison:
     """The float model's answers to the first calibration samples, and a file's."""
 
-    def __init__(self, prepared: Prepared, graph: Graph) -> None:
+    def __init__(self, prepared: Prepared, most: int) -> None:
         self._prepared = prepared
         self._kept: list[Sample] = []
-        self._most = int(np.clip(_MOST_MACS / max(1, _macs(graph)), 2, _MOST_SAMPLES))
+        self._most = most
 
     def collect(self, samples: Iterable[Sample]) -> Iterator[tuple[Tensor, ...]]:
         """Pass samples on in the file's layout, keeping the first few."""
@@ -106,11 +114,11 @@ class Comparison:
         """The first sample that came, in the model's layout."""
         return self._kept[0]
 
-    def run(self, content: bytes) -> Agreement:
-        """Run the file with reference kernels on the samples kept."""
+    def run(self, ready: Callable[[], Answering]) -> Agreement:
+        """Compare with what computes as the file does, made ready if there are samples at all."""
         if not self._kept:
             return Agreement(None, None, 0)
-        runner = Runner(content)
+        runner = ready()
         pairs = [
             (
                 [y.numpy() for y in self._prepared.reference(s)],
