@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 from torchclust import cluster_, zoo
 from torchclust.export import inspect_tflite, layout, to_pte, to_tflite, vela
+from torchclust.export.accelerators import Configuration
 from torchclust.export.executorch import lowering, packages
 from torchclust.export.executorch.observed import trace
 from torchclust.export.runner import Runner
-from torchclust.export.vela import Configuration, compile_with
+from torchclust.export.vela import compile_with
 from torchclust.weight.config import ClusterConfig
 
 TARGETS = ("ethos-u55-128", "ethos-u85-256")

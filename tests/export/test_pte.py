@@ -33,11 +33,11 @@ from torchclust.export import (
     to_tflite,
     vela,
 )
+from torchclust.export.accelerators import Configuration
 from torchclust.export.executorch import lowering, packages
 from torchclust.export.executorch.observed import layers, observe, observers
 from torchclust.export.executorch.scales import calibrate, set_weights
 from torchclust.export.executorch.tosa import TosaFile
-from torchclust.export.vela import Configuration
 
 INT8 = ClusterConfig(n_clusters=16, codebook_dtype="int8")
 IMAGES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -396,7 +396,9 @@ def test_another_version_is_refused(
     version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: version)
-    with pytest.raises(ImportError, match=rf"executorch {version} is installed.* tested with 1.5"):
+    with pytest.raises(
+        ImportError, match=f"executorch {version} is installed, and to_pte is tested with 1.5"
+    ):
         to_pte(small(), IMAGES[:1], tmp_path / "m.pte", calibration=[IMAGES])
     assert backends.INSTALL != packages.INSTALL
 

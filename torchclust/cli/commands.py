@@ -87,30 +87,40 @@ def report(args: Namespace) -> Any:
 
 
 def export(args: Namespace) -> Any:
-    """Write a checkpoint of a recipe's model as a .tflite file and show what is in that."""
+    """Write a checkpoint of a recipe's model as a .tflite or .pte file and show what is in it."""
     from torchclust.cli.file_report import describe
-    from torchclust.export import to_tflite
+    from torchclust.export import to_pte, to_tflite
     from torchclust.recipes.load import load_recipe
     from torchclust.recipes.prepare import load_checkpoint_, prepare
-    from torchclust.recipes.schema import ExportSection
+    from torchclust.recipes.schema import ExecuTorchSection, ExportSection
     from torchclust.zoo.dataset import samples
 
-    if not args.tflite.parent.is_dir():
+    if not args.output_file.parent.is_dir():
         raise InputError(
-            f"cannot write {args.tflite}: {args.tflite.parent} does not exist:  "
-            f"mkdir -p {args.tflite.parent}"
+            f"cannot write {args.output_file}: {args.output_file.parent} does not exist:  "
+            f"mkdir -p {args.output_file.parent}"
         )
+    is_program = args.output_file.suffix == ".pte"
+    if is_program and args.float:
+        raise InputError(f"{args.output_file} is a program for an int8 NPU: leave --float out")
     recipe = load_recipe(args.recipe, args.settings)
     prepared = prepare(recipe)
     model = load_checkpoint_(prepared.model, args.checkpoint).eval()
     count = (recipe.export or ExportSection()).calibration_samples  # type: ignore[call-arg]
     calibration = samples(prepared.data.train, count, seed=recipe.seed)
-    _say(args)(f"export {args.tflite} ...")
-    to_tflite(model, calibration[:1], args.tflite, calibration=[calibration], float=args.float)
-    described = describe(args.tflite)
+    _say(args)(f"export {args.output_file} ...")
+    given = (model, calibration[:1], args.output_file)
+    if is_program:
+        section = recipe.executorch or ExecuTorchSection()  # type: ignore[call-arg]
+        done = to_pte(*given, calibration=[calibration], **section.options)
+        text, content = str(done), done.to_dict()
+    else:
+        to_tflite(*given, calibration=[calibration], float=args.float)
+        described = describe(args.output_file)
+        text, content = described.text, described.content
     if _tables(args):
-        print(described.text)
-    return described.content
+        print(text)
+    return content
 
 
 def vela(args: Namespace) -> Any:

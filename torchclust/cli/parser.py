@@ -41,6 +41,8 @@ EXAMPLES = {
     "export": (
         "torchclust export recipes/mnist_cnn.yaml trained.ckpt trained.tflite",
         "torchclust export recipes/mnist_cnn.yaml trained.ckpt trained.tflite --float",
+        "torchclust export recipes/mnist_cnn.yaml trained.ckpt trained.pte "
+        "--set 'executorch={target: ethos-u85-256}'",
     ),
     "vela": (
         "torchclust vela runs/mnist_cnn/int8.tflite",
@@ -128,11 +130,11 @@ def parser() -> argparse.ArgumentParser:
     _file(report, "file", "a .tflite file, a checkpoint, or a packed model")
 
     export = _command(
-        all_commands, "export", commands.export, "write a checkpoint as a .tflite file"
+        all_commands, "export", commands.export, "write a checkpoint as a .tflite or .pte file"
     )
     _recipe_arguments(export)
     _file(export, "checkpoint", "state dict of the recipe's model, or a Lightning checkpoint")
-    _file(export, "tflite", "the file to write")
+    _file(export, "output_file", "the file to write: .tflite, or .pte (ExecuTorch for Ethos-U)")
     export.add_argument("--float", action="store_true", help="float32 instead of int8")
 
     vela = _command(all_commands, "vela", commands.vela, "compile a .tflite file for an Ethos-U")

@@ -22,16 +22,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from torchclust.export.accelerators import Configuration
 from torchclust.export.backends import INSTALL
 from torchclust.export.inspect import Inspection, inspect_tflite
-
-# Vela's own defaults per family, passed explicitly: figures mean nothing without them.
-_FAMILIES = {
-    "ethos-u55": ((32, 64, 128, 256), "Ethos_U55_High_End_Embedded", "Shared_Sram"),
-    "ethos-u65": ((256, 512), "Ethos_U65_High_End", "Dedicated_Sram"),
-    "ethos-u85": ((128, 256, 512, 1024, 2048), "Ethos_U85_SYS_DRAM_Mid", "Dedicated_Sram_384KB"),
-}
-ACCELERATORS = tuple(f"{family}-{n}" for family, (sizes, _, _) in _FAMILIES.items() for n in sizes)
 
 _CPU_COUNT = re.compile(r"^CPU operators = (\d+)", re.MULTILINE)
 _NPU_COUNT = re.compile(r"^NPU operators = (\d+)", re.MULTILINE)
@@ -173,37 +166,6 @@ def vela(
         _warn_about_codes(inspected)
     target = Path(output_dir) if output_dir is not None else path.parent
     return compile_with(path, chosen, target)
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """What Vela compiles for: an accelerator, its clocks and memories, and their file."""
-
-    accelerator: str
-    system_config: str
-    memory_mode: str
-    config: str = "Arm/vela.ini"
-
-    @classmethod
-    def of(
-        cls,
-        accelerator: str,
-        system_config: str | None,
-        memory_mode: str | None,
-        config: str | os.PathLike[str] | None = None,
-    ) -> Configuration:
-        """The defaults of the accelerator's family where None is given."""
-        if accelerator not in ACCELERATORS:
-            raise ValueError(
-                f"accelerator must be one of {', '.join(ACCELERATORS)}, got {accelerator!r}"
-            )
-        _, default_system, default_memory = _FAMILIES[accelerator.rpartition("-")[0]]
-        return cls(
-            accelerator,
-            system_config or default_system,
-            memory_mode or default_memory,
-            os.fspath(config) if config is not None else cls.config,
-        )
 
 
 def compile_with(

@@ -102,7 +102,7 @@ def versions() -> dict[str, str]:
         "torchclust": importlib.metadata.version("torchclust"),
     }
     for name in ("torch", "numpy", "pytorch-lightning", "litert-torch", "ai-edge-quantizer",
-                 "ai-edge-litert", "ethos-u-vela"):  # fmt: skip
+                 "ai-edge-litert", "ethos-u-vela", "executorch"):  # fmt: skip
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchclust.export.vela import ACCELERATORS
+from torchclust.export.accelerators import ACCELERATORS
 from torchclust.model.cluster import cluster_
 from torchclust.model.clustering import is_clustered
 from torchclust.model.restore import restore_
@@ -43,9 +43,10 @@ def prepare(recipe: Recipe) -> Prepared:
     Raises:
         RecipeError: one line that names the key and the remedy (`DataError` for data).
     """
-    if recipe.vela is not None and recipe.vela.accelerator not in ACCELERATORS:
-        given = recipe.vela.accelerator
-        raise RecipeError(f"vela.accelerator: no {given!r}; {nearest(given, ACCELERATORS)}")
+    if recipe.vela is not None:
+        _check_accelerator("vela.accelerator", recipe.vela.accelerator)
+    if recipe.executorch is not None:
+        _check_accelerator("executorch.target", recipe.executorch.target)
     data = load_data(recipe.data)
     model = build_model(recipe.model, data, recipe.seed)
     if recipe.cluster is not None:
@@ -56,6 +57,11 @@ def prepare(recipe: Recipe) -> Prepared:
         if not is_clustered(tried):
             raise RecipeError("cluster: the rules leave every tensor alone; leave the section out")
     return Prepared(recipe, data, model)
+
+
+def _check_accelerator(key: str, given: str) -> None:
+    if given not in ACCELERATORS:
+        raise RecipeError(f"{key}: no {given!r}; {nearest(given, ACCELERATORS)}")
 
 
 def clustered_copy(recipe: Recipe, model: nn.Module, inputs: Tensor | None = None) -> nn.Module:

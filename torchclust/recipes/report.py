@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,26 @@ _STAGES = {
 }
 
 
+@dataclass(frozen=True)
+class Files:
+    """What a run wrote: by file name .tflite, what Vela made of it, .pte; and the packed model."""
+
+    exported: Mapping[str, Any]
+    compiled: Mapping[str, Any]
+    programs: Mapping[str, Any]
+    packed: PackedSize | None
+
+
 def assemble(
     recipe: Recipe,
     networks: Networks,
-    exported: Mapping[str, Any],
-    compiled: Mapping[str, Any],
-    packed: PackedSize | None,
+    written: Files,
     seconds: Mapping[str, float],
     versions: Mapping[str, str],
 ) -> Report:
     """Return report.json's content. What was not run is null; accuracies are percentages."""
-    files = {name: exported.get(f"{name}.tflite", {}) for name in _FILES}
+    files = {name: written.exported.get(f"{name}.tflite", {}) for name in _FILES}
+    packed = written.packed
     return {
         "name": recipe.name,
         "recipe": recipe.to_dict(),
@@ -68,7 +78,8 @@ def assemble(
         },
         "tensors": _tensors(networks, files["int8"].get("codes", {})),
         "chosen": networks.chosen.to_dict() if networks.chosen else None,
-        "vela": _vela(compiled),
+        "vela": _vela(written.compiled),
+        "executorch": _programs(recipe, written.programs),
         "export": {
             "sqnr_db": files["int8"].get("sqnr_db"),
             "top1_agreement": files["int8"].get("top1_agreement"),
@@ -113,6 +124,17 @@ def _vela(compiled: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "cpu_operators": ours.get("cpu_operators", [])}
 
 
+def _programs(recipe: Recipe, programs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the figures of the ExecuTorch program, and the baseline's beside them."""
+    if recipe.executorch is None:
+        return None
+    ours, baseline = programs.get("model.pte", {}), programs.get("baseline.pte", {})
+    found = {"target": recipe.executorch.target, "vela_version": baseline.get("vela_version")}
+    for key in ("accuracy", "bytes", "encoded_weight_bytes", "cycles"):
+        found |= {key: ours.get(key), f"baseline_{key}": baseline.get(key)}
+    return {**found, "codes": ours.get("codes"), "cpu_operators": ours.get("cpu_operators")}
+
+
 def gains(report: Report) -> list[tuple[str, str, str, str]]:
     """Return the rows (what, not clustered, clustered, gain) of whatever the run measured."""
     accuracy, size, vela = report["accuracy"], report["bytes"], report["vela"]
@@ -128,10 +150,22 @@ def gains(report: Report) -> list[tuple[str, str, str, str]]:
         ),
         ("flash", vela["baseline_flash_bytes"], vela["flash_bytes"]),
     ]
+    program = report.get("executorch")
+    if program:
+        chip = f"Vela {program['vela_version']}, {program['target']}"
+        for what, key in (
+            ("ExecuTorch program (.pte)", "bytes"),
+            (f"its encoded weights ({chip})", "encoded_weight_bytes"),
+        ):
+            sizes.append((what, program[f"baseline_{key}"], program[key]))
     found = []
     before, after = accuracy["baseline_int8"], accuracy["int8"]
     if before is not None and after is not None:
         found.append(("int8 accuracy", _percent(before), _percent(after), _points(before, after)))
+    if program and program["accuracy"] is not None:
+        before, after = program["baseline_accuracy"], program["accuracy"]
+        row = (_percent(before), _percent(after), _points(before, after))
+        found.append(("ExecuTorch program's accuracy", *row))
     for what, before, after in sizes:
         if before and after:
             found.append((what, _kib(before), _kib(after), _factor(before, after)))

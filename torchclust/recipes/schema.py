@@ -228,6 +228,19 @@ class VelaSection(Section):
     memory_mode: str | None = Field(None, description="where weights and activations live")
 
 
+class ExecuTorchSection(Section):
+    """ExecuTorch programs (.pte) for Ethos-U, clustered and not; in an environment of its own."""
+
+    target: str = Field("ethos-u55-128", description="ethos-u55-32 ... ethos-u85-2048")
+    system_config: str | None = Field(None, description="clocks and memories, as vela's")
+    memory_mode: str | None = Field(None, description="where weights and activations live")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `to_pte` takes besides model, inputs and calibration."""
+        return self.model_dump(exclude_none=True)
+
+
 class Recipe(Section):
     """All sections of a recipe, in the order in which they run."""
 
@@ -241,6 +254,7 @@ class Recipe(Section):
     finetune: FinetuneSection | None = None
     export: ExportSection | None = None
     vela: VelaSection | None = None
+    executorch: ExecuTorchSection | None = None
 
     @field_validator("data", "model", mode="before")
     @classmethod

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from torchclust.export.accelerators import Configuration
 from torchclust.export.backends import ExportError, first_line, quietly
 from torchclust.export.codes import Array
 from torchclust.export.executorch import packages
 from torchclust.export.executorch.observed import module_of, trace
 from torchclust.export.executorch.tosa import TosaFile, read_tosa
 from torchclust.export.inspect import Port
-from torchclust.export.vela import Configuration, VelaError
+from torchclust.export.vela import VelaError
 
 _DELEGATE = "executorch_call_delegate"
 _TYPES = {torch.float32: "float32", torch.int8: "int8", torch.int32: "int32", torch.int64: "int64"}

@@ -32,7 +32,7 @@ def check() -> None:
             f"quantizer differs:  {INSTALL}",
             name="executorch",
         )
-    for name in ("ethosu", "tosa", "tosa_reference_model", "torchao"):
+    for name in ("executorch", "ethosu", "tosa", "tosa_reference_model", "torchao"):
         if importlib.util.find_spec(name) is None:
             raise _missing(name)
 

@@ -7,30 +7,29 @@ ai-edge-quantizer, TOSA instead of TFLite, the same Vela in the end.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from torchclust.export import calibration as calibrating
 from torchclust.export import layout
-from torchclust.export.backends import ExportError
-from torchclust.export.clustered import Placed, find_clustered, trained_codes
-from torchclust.export.codes import Array, most_codes
+from torchclust.export.accelerators import Configuration
+from torchclust.export.clustered import find_clustered, trained_codes
 from torchclust.export.executorch import packages
 from torchclust.export.executorch.lowering import Lowered, compile_spec, lower, quantized
-from torchclust.export.executorch.observed import Layer, layers, observe
+from torchclust.export.executorch.observed import layers, observe
+from torchclust.export.executorch.read_back import check_codes
 from torchclust.export.executorch.scales import calibrate, set_learned, set_weights
-from torchclust.export.executorch.tosa import TosaWeight
 from torchclust.export.inspect import Port
 from torchclust.export.tflite import OperatorRow
-from torchclust.export.vela import Configuration, VelaReport, compile_with
+from torchclust.export.vela import VelaReport, compile_with
 from torchclust.export.verify import Answering, Comparison, TensorRow
 from torchclust.export.whole_file import check_folder, write_whole
 
@@ -80,6 +79,22 @@ class PTEExport:
     outputs: tuple[Port, ...]
     compiled: tuple[VelaReport, ...]
     run: Answering = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {name}" for name, count in self.operators.items())
+        lines = [f"{self.path} ({self.size_bytes:,} bytes)"]
+        for way, ports in (("in ", self.inputs), ("out", self.outputs)):
+            lines += [f"  {way}  {p.dtype} {'x'.join(map(str, p.shape))}" for p in ports]
+        lines += [f"  {row.int8_codes:>3} codes  {row.parameter}" for row in self.tensors]
+        lines += [f"  NPU: {counts}"]
+        lines += [f"  CPU: {op.operator} ({op.module or '-'})" for op in self.cpu_operators]
+        return "\n".join([*lines, *map(str, self.compiled)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every figure in JSON's types."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "run"}
+        plain: dict[str, Any] = json.loads(json.dumps(found, default=_plain))
+        return {**plain, "encoded_weight_bytes": self.encoded_weight_bytes, "cycles": self.cycles}
 
     @property
     def encoded_weight_bytes(self) -> int:
@@ -155,7 +170,7 @@ def to_pte(
         learned = set_learned(observed, model, prepared, comparison.first)
         set_weights(observed, placed)
         lowered = lower(quantized(observed), prepared.example, spec)
-        rows = check_codes(lowered, placed)
+        rows = check_codes([w for part in lowered.parts for w in part.tosa.weights], placed)
         reports = _compiled(lowered, chosen, path, Path(folder))
     agreement = comparison.run(lambda: lowered)
     write_whole(path, lowered.content)
@@ -177,51 +192,8 @@ def to_pte(
     )
 
 
-def check_codes(lowered: Lowered, placed: Sequence[Placed[Layer]]) -> tuple[TensorRow, ...]:
-    """Compare every clustered tensor with what Vela was given.
-
-    Raises:
-        ExportError: a tensor is not on the NPU, or has other codes than were trained.
-    """
-    weights = [weight for part in lowered.parts for weight in part.tosa.weights]
-    return tuple(_check(p, weights) for p in placed)
-
-
-def _check(placed: Placed[Layer], weights: Sequence[TosaWeight]) -> TensorRow:
-    matched, trained = placed.matched, placed.matched.trained
-    pieces = _pieces(matched.codes, weights)
-    alike = [w for w in weights if w.matrix.shape == matched.codes.shape]
-    if not pieces and alike:
-        raise ExportError(
-            f"{trained.name!r} has {most_codes(alike[0].matrix, matched.groups)} codes in the TOSA "
-            f"file for {trained.n_clusters} clusters, and other ones than were trained: the "
-            f"backend did not keep the scales it was given. Please report this with the model"
-        )
-    if not pieces:
-        raise ExportError(
-            f"{trained.name!r} {trained.weight.shape} is in no part that runs on the NPU: its "
-            f"layer is left to the CPU.\n"
-            f'Leave it out:  cluster_(model, {{"*": {trained.n_clusters}, "{trained.name}": None}})'
-        )
-    return TensorRow(
-        trained.name,
-        ";".join(dict.fromkeys(piece.name for piece in pieces)),
-        pieces[0].shape,
-        trained.n_clusters,
-        most_codes(matched.codes, matched.groups),
-        True,
-    )
-
-
-def _pieces(codes: Array, weights: Sequence[TosaWeight]) -> list[TosaWeight]:
-    """The weights that hold these codes: one, or one per group of a grouped convolution."""
-    sizes = {len(w.matrix) for w in weights if w.matrix.shape[1] == codes.shape[1]}
-    for rows in sorted(sizes, reverse=True):
-        blocks = np.split(codes, len(codes) // rows) if len(codes) % rows == 0 else []
-        found = [[w for w in weights if np.array_equal(w.matrix, block)] for block in blocks]
-        if found and all(found):
-            return [same[0] for same in found]
-    return []
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else asdict(value)
 
 
 def _compiled(
