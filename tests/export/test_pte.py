@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import importlib.util
 import types
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,15 +39,10 @@ from torchclust.export.executorch.scales import calibrate, set_weights
 from torchclust.export.executorch.tosa import TosaFile
 
 INT8 = ClusterConfig(n_clusters=16, codebook_dtype="int8")
+needs_executorch = pytest.mark.skipif(
+    importlib.util.find_spec("executorch") is None, reason="make test-executorch"
+)
 IMAGES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-def executorch(test: Callable) -> Callable:
-    """Mark a test that needs the extra."""
-    there = importlib.util.find_spec("executorch") is not None
-    skipped = pytest.mark.skipif(not there, reason="make test-executorch")
-    marked: Callable = pytest.mark.executorch(skipped(test))
-    return marked
 
 
 def clustered(model: nn.Module, config: ClusterConfig = INT8) -> nn.Module:
@@ -81,7 +75,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Exported(model, done, folder)
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 def test_every_clustered_tensor_is_compiled_with_the_trained_codes(exported: Exported) -> None:
     """Histograms of magnitudes, against the clusterings and TOSA's own reading of the file."""
     trained = dict(named_clusterings(exported.model))
@@ -100,7 +95,8 @@ def test_every_clustered_tensor_is_compiled_with_the_trained_codes(exported: Exp
         assert row.codes_match
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 def test_a_program_is_as_small_as_the_file_of_the_other_road(exported: Exported) -> None:
     pytest.importorskip("litert_torch", reason="the other road's packages are not here")
     file = to_tflite(exported.model, IMAGES[:1], exported.folder / "m.tflite", calibration=[IMAGES])
@@ -111,7 +107,8 @@ def test_a_program_is_as_small_as_the_file_of_the_other_road(exported: Exported)
     assert exported.done.sqnr_db == pytest.approx(file.sqnr_db, abs=3)
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 def test_everything_runs_on_the_npu_in_int8(exported: Exported) -> None:
     done = exported.done
     assert done.cpu_operators == ()
@@ -128,7 +125,8 @@ def test_everything_runs_on_the_npu_in_int8(exported: Exported) -> None:
     assert done.top1_agreement >= 7 / 8
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 def test_executorchs_own_runtime_reads_the_program(exported: Exported) -> None:
     runtime = packages.load("executorch.runtime").Runtime.get()
     about = runtime.load_program(exported.done.path).metadata("forward")
@@ -139,7 +137,8 @@ def test_executorchs_own_runtime_reads_the_program(exported: Exported) -> None:
     assert [tuple(end.sizes()) for end in ends] == [(1, 16, 16, 3), (1, 10)]
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 def test_the_compiled_weights_lie_in_the_file(exported: Exported) -> None:
     content = exported.done.path.read_bytes()
     assert all(part.compiled in content for part in exported.done.run.parts)  # type: ignore[attr-defined]
@@ -159,7 +158,8 @@ def prepared_program(
     return converted, lowering.lower(converted, ready.example, spec)
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 def test_without_being_told_the_observers_break_clusters(tmp_path: Path) -> None:
     """The control: what everybody else's exporter makes of the same weights."""
     torch.manual_seed(0)
@@ -169,7 +169,8 @@ def test_without_being_told_the_observers_break_clusters(tmp_path: Path) -> None
     assert max(len(np.unique(w.matrix)) for w in weights) > 16
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 def test_torch_and_tosa_compute_the_same_but_for_one_rounding(tmp_path: Path) -> None:
     """Torch rounds quotients of floats, TOSA fixed-point products: a step apart, here and there."""
     torch.manual_seed(0)
@@ -188,7 +189,8 @@ def test_torch_and_tosa_compute_the_same_but_for_one_rounding(tmp_path: Path) ->
 ON_U85 = ("two_in_two_out", "encoder_decoder", "conv1d", "grouped", "lstm", "flattened")
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 @pytest.mark.parametrize("name", ON_U85)
 def test_every_construct_keeps_its_codes(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -208,7 +210,8 @@ def test_every_construct_keeps_its_codes(name: str, tmp_path: Path) -> None:
     assert done.sqnr_db > 20
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_a_float_codebook_keeps_its_clusters_stripped_or_not(
     granularity: Any, tmp_path: Path
@@ -226,7 +229,8 @@ def test_a_float_codebook_keeps_its_clusters_stripped_or_not(
     assert first.path.read_bytes() == second.path.read_bytes()
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 def test_learned_ranges_are_the_programs(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = quantize_activations_(clustered(small()), IMAGES).eval()
@@ -238,7 +242,8 @@ def test_learned_ranges_are_the_programs(tmp_path: Path) -> None:
     assert done.calibrated == ()
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 def test_what_stays_on_the_cpu_is_listed_with_its_module(tmp_path: Path) -> None:
     """Ethos-U55 resizes nothing; the maps before and after are two parts."""
     torch.manual_seed(0)
@@ -255,7 +260,8 @@ def test_what_stays_on_the_cpu_is_listed_with_its_module(tmp_path: Path) -> None
     assert done.sqnr_db > 20
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 def test_an_embedding_stays_on_the_cpu(tmp_path: Path) -> None:
     torch.manual_seed(0)
     case = CASES["embedding"]
@@ -270,7 +276,8 @@ def test_an_embedding_stays_on_the_cpu(tmp_path: Path) -> None:
     assert [row.parameter for row in done.tensors] == ["head.weight"]
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 def test_a_clustered_layer_on_the_cpu_is_refused(tmp_path: Path) -> None:
     """Convolutions with a kernel beyond the NPU's limit are left out of its parts."""
     model = clustered(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, (1, 80))))
@@ -302,7 +309,8 @@ class Unknown(nn.Module):
         return torch.linalg.det(self.head(x).reshape(-1, 4, 4))
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -319,7 +327,8 @@ def test_what_cannot_be_planned_or_run_is_one_error(
     assert list(tmp_path.iterdir()) == []
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 def test_a_compiler_that_fails_is_one_error(tmp_path: Path) -> None:
     model, path = clustered(small()), tmp_path / "m.pte"
     with pytest.raises(VelaError, match="backend cannot compile this model for ethos-u55-128"):
@@ -328,7 +337,8 @@ def test_a_compiler_that_fails_is_one_error(tmp_path: Path) -> None:
         observe(layout.prepare(model, IMAGES[:1], last=True), None)
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 def test_other_codes_than_trained_are_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,7 +350,8 @@ def test_other_codes_than_trained_are_noticed(
         to_pte(model, IMAGES[:1], tmp_path / "m.pte", calibration=[IMAGES])
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 def test_nothing_is_written_to_the_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -348,7 +359,8 @@ def test_nothing_is_written_to_the_terminal(
     assert capfd.readouterr().out == ""
 
 
-@executorch
+@pytest.mark.executorch
+@needs_executorch
 def test_every_activation_has_an_observer(tmp_path: Path) -> None:
     spec = lowering.compile_spec(Configuration.of("ethos-u55-128", None, None), tmp_path)
     graph = observe(layout.prepare(clustered(small()), IMAGES[:1], last=True), spec)

@@ -1,6 +1,6 @@
 """One network, two roads to an Ethos-U: a .tflite file, and an ExecuTorch program.
 
-    .venv-executorch/bin/python benchmarks/executorch.py DATA MODELS [--networks NAME ...]
+    .venv-executorch/bin/python benchmarks/ethos_u_roads.py DATA MODELS [--networks NAME ...]
                                                          [--images N] [--output FILE]
 
 DATA holds ``mnist`` (IDX files), ``cifar-10-batches-bin`` and ``coco_vww96``; MODELS holds
