@@ -101,7 +101,7 @@ def test_a_program_is_as_small_as_the_file_of_the_other_road(exported: Exported)
     pytest.importorskip("litert_torch", reason="the other road's packages are not here")
     file = to_tflite(exported.model, IMAGES[:1], exported.folder / "m.tflite", calibration=[IMAGES])
     other = vela(file.path)
-    # The file's MEAN is a kernel of ones to Vela, 100 to 300 bytes; the program's AVG_POOL2D is not.
+    # The file's MEAN is a kernel of ones to Vela, 100 to 300 bytes; the program's average is not.
     ours, theirs = exported.done.encoded_weight_bytes, other.encoded_weight_bytes
     assert theirs - 300 <= ours <= 1.02 * theirs
     ends = [(p.shape, p.dtype) for p in (*exported.done.inputs, *exported.done.outputs)]

@@ -20,7 +20,7 @@ from torchclust.export.backends import ExportError, first_line, quietly
 from torchclust.export.codes import Array
 from torchclust.export.executorch import packages
 from torchclust.export.layout import Prepared
-from torchclust.export.rewrites import operator
+from torchclust.export.rewrites.traced import operator
 
 # The axis of output channels in torch's layout of the weight.
 _CHANNEL_AXIS = {"conv1d": 0, "conv2d": 0, "conv3d": 0, "linear": 0, "conv_transpose2d": 1}
