@@ -69,10 +69,14 @@ def error(net: nn.Module, split: Split) -> float:
 
 
 def rules_for(settings: argparse.Namespace, rate: float) -> dict[str, Any]:
-    """All weights at one price; biases shared among few values too, for they are half the file."""
+    """All weights at one price; biases shared among few values too, for they are half the file.
+
+    Codebooks start wide and evenly spaced: between close centroids the same bits pull harder.
+    """
     nearest = {"assignment": "nearest", "n_clusters": settings.clusters}
+    wide = {"init": "linear", "max_iter": 0, "preserve_sparsity": True}
     return {
-        "*": {**nearest, "preserve_sparsity": True, "rate": rate},
+        "*": {**nearest, **wide, "rate": rate},
         "*.bias": {**nearest, "n_clusters": 8, "rate": rate / 10},
     }
 

@@ -153,7 +153,8 @@ class ClusteredWeight(nn.Module):
         latent.grad.add_(self._rows(slopes), alpha=share * price)
         self._tensor("price_share").fill_(share)
         counts = self.members_of(self._indices(latent, codebook), codebook)
-        self._tensor("members").lerp_(counts, RECENT)
+        members = self._tensor("members")
+        members.lerp_(counts.to(members.dtype), RECENT)
 
     def bits(self) -> Tensor:
         """What an index costs, in the shape of the table."""
