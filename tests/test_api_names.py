@@ -55,7 +55,8 @@ CLASSES = {
 ATTRIBUTES = {
     "torchclust.Codebook": ("centroids", "indices", "inertia"),
     "torchclust.ClusterConfig": ("n_clusters", "codebook_dtype", "init", "max_iter", "granularity",
-                                 "group_size", "assignment", "gradient", "preserve_sparsity"),
+                                 "group_size", "assignment", "gradient", "preserve_sparsity",
+                                 "rate"),
     "torchclust.Clustering": ("config", "centroids", "indices", "scale", "n_clusters", "module",
                               "tensor_name"),
     "torchclust.Summary": ("rows", "to_dict", "plot"),
@@ -68,7 +69,9 @@ PENDING_COMMANDS = {"kit", "new"}
 PENDING_PARAMETERS: tuple[str, ...] = ()
 
 BEYOND_NAMES = {
-    "torchclust": {},
+    "torchclust": {
+        "charge_": "the price of bits in a training loop of one's own",
+    },
     "torchclust.lightning": {
         "Options": "the typed `**options`, so that LightningCLI reads them from YAML",
     },

@@ -30,7 +30,8 @@ from torchclust.data_aware.input_moments import InputMoments
 from torchclust.data_aware.layers import Layer, Side, inputs_of, layers_run, norms_behind, within
 from torchclust.fitting.worth import without_noise
 from torchclust.progress import track
-from torchclust.weight.parametrization import fit_weight, make_clustered_weight, relative_error
+from torchclust.weight.codebooks import relative_error
+from torchclust.weight.parametrization import fit_weight, make_clustered_weight
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,7 @@ class ClusterSection(Section):
     assignment: Assignment = Field("fixed", description="nearest: weights train and move cluster")
     gradient: Gradient = Field("sum", description="how member gradients reach their centroid")
     preserve_sparsity: bool = Field(False, description="zeros stay exactly zero")
+    rate: float = Field(0.0, ge=0, description="what a bit costs: fewer bytes for more error")
     rules: dict[str, Any] = Field(
         default_factory=dict,
         description="pattern of parameter names, or class name -> int, fields, or null",
