@@ -263,15 +263,15 @@ def test_shipped_recipes_run(path: Path, tmp_path: Path, monkeypatch) -> None:
     assert all(line.startswith("#") for line in header.splitlines())
     recipe = load_recipe(path)
     assert recipe.name == path.stem
-    short = {"train": {"epochs": 1}, "finetune": {"epochs": 1}, "prune": {"epochs": 1}}
     content = recipe.to_dict()
-    for section, keys in short.items():
+    for section in ("train", "finetune", "prune"):
         if section in content:
-            content[section].update(keys)
+            content[section]["epochs"] = min(1, content[section]["epochs"])
     if "image_size" in content["data"]:  # for ImageNet: narrow networks on small images
         content["data"]["image_size"] = 32
         content["model"]["width"] = 0.25
-    content["model"].pop("checkpoint", None)
+    if content["model"].pop("checkpoint", None):
+        content["train"] = {"epochs": 0}
     networks = train_networks(prepare(parse_recipe(content)), Stages(tmp_path, progress=False))
     if recipe.cluster is not None:
         clusterings = dict(named_clusterings(networks.compressed))
