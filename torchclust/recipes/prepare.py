@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from torchclust.export.accelerators import ACCELERATORS
@@ -114,12 +116,12 @@ def build_model(section: ModelSection, data: Data, seed: int) -> nn.Module:
 def load_checkpoint_(model: nn.Module, file: Path) -> nn.Module:
     """Load a state dict, clustered or plain, into `model`, in place.
 
-    Takes what ``torch.save(model.state_dict(), file)`` writes, and Lightning's checkpoints, whose
-    names then lose their leading ``model.``.
+    Takes what ``torch.save(model.state_dict(), file)`` writes, ``.safetensors``, and Lightning's
+    checkpoints, whose names then lose their leading ``model.``.
     """
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        content = _read_checkpoint(file)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         reason = str(error).split("\n", 1)[0]
         raise RecipeError(f"model.checkpoint: cannot read {file}: {reason}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -134,6 +136,12 @@ def load_checkpoint_(model: nn.Module, file: Path) -> nn.Module:
     except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"model.checkpoint: {file} does not fit the model: {reason}") from error
+
+
+def _read_checkpoint(file: Path) -> Any:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _builder(section: ModelSection) -> tuple[str, Callable[..., Any]]:

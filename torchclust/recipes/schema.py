@@ -51,7 +51,7 @@ class Section(BaseModel):
 class DataSection(Section):
     """Which images to train and test on; a bare string is a `name`."""
 
-    name: str = Field(description="mnist5k, fashion_mnist, image_folder or speech_synthetic")
+    name: str = Field(description="a data set of torchclust.zoo")
     batch_size: int = Field(128, ge=1, description="images per training step")
     root: AnyPath | None = Field(None, description="folder of the files, where a data set has one")
     image_size: int | None = Field(None, ge=8, description="pixels a side, for image_folder")
