@@ -43,6 +43,7 @@ SIGNATURES = {
         to_tflite(model, example_inputs, path, *, calibration, channels_last=True, float=False)
         inspect_tflite(path)
         vela(path, *, accelerator="ethos-u55-128", ...)
+        verify_compiled(compiled, original)
         to_pte(model, example_inputs, path, *, calibration, target="ethos-u55-128", ...)
     """,
 }
@@ -64,7 +65,7 @@ ATTRIBUTES = {
 COMMANDS = {"run", "check", "report", "export", "vela"}
 
 # What the page promises and nobody has built yet; a line goes when its name arrives.
-PENDING_NAMES = {"tflm", "verify_compiled", "board_kit", "TFLMReport"}
+PENDING_NAMES = {"tflm", "board_kit", "TFLMReport"}
 PENDING_COMMANDS = {"kit", "new"}
 PENDING_PARAMETERS: tuple[str, ...] = ()
 
@@ -78,6 +79,10 @@ BEYOND_NAMES = {
     "torchclust.export": {
         "ExportError": "what `to_tflite` raises: to catch it, one must name it",
         "VelaError": "what `vela` raises",
+        "CompiledFileError": "what `verify_compiled` and `vela` raise for a file that is not as it should",
+        "NotVerifiedError": "what `verify_compiled` raises where it cannot follow the compiler",
+        "CompiledInspection": "what `verify_compiled` returns: its rows and the accelerator",
+        "CompiledRow": "a row of it",
         "Inspection": "what `inspect_tflite` returns: its rows, operators, inputs and outputs",
         "WeightRow": "a row of it",
         "Port": "an input or output of it",

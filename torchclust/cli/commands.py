@@ -125,8 +125,6 @@ def export(args: Namespace) -> Any:
 
 def vela(args: Namespace) -> Any:
     """Compile a .tflite file and show Vela's figures."""
-    import dataclasses
-
     from torchclust.export import vela
 
     try:
@@ -141,7 +139,7 @@ def vela(args: Namespace) -> Any:
         raise InputError(str(error)) from error
     if _tables(args):
         print(report)
-    return {**dataclasses.asdict(report), "path": str(report.path)}
+    return report.to_dict()
 
 
 def _tables(args: Namespace) -> bool:

@@ -18,13 +18,17 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 from torchclust.export.accelerators import Configuration
 from torchclust.export.backends import INSTALL
+from torchclust.export.compiled.errors import NotVerifiedError
+from torchclust.export.compiled.rows import CompiledInspection
+from torchclust.export.compiled.verification import verify_compiled
 from torchclust.export.inspect import Inspection, inspect_tflite
+from torchclust.export.vela_report import KIB, CpuOperator, VelaLayer, VelaReport
 
 _CPU_COUNT = re.compile(r"^CPU operators = (\d+)", re.MULTILINE)
 _NPU_COUNT = re.compile(r"^NPU operators = (\d+)", re.MULTILINE)
@@ -32,94 +36,10 @@ _LEFT_ON_CPU = re.compile(
     r"^Warning \([^)]*\) operator: (\w+), ofm: '([^']*)'\n(?:\s*-?\s*)Reason: (.*)$", re.MULTILINE
 )
 _TENSOR_NAME = re.compile(r" \([^()]*/[^()]*\)")
-_KIB = 1024
 
 
 class VelaError(RuntimeError):
     """Vela could not compile the file; the message ends with Vela's own last lines."""
-
-
-@dataclass(frozen=True)
-class CpuOperator:
-    """An operator that Vela leaves to the CPU.
-
-    Attributes:
-        operator: TFLite's name for it, for example ``"LEAKY_RELU"``.
-        tensor: the name of its output in the file.
-        module: the path of the torch module that made it, where the tensor's name tells.
-        reason: in Vela's words.
-    """
-
-    operator: str
-    tensor: str
-    module: str | None
-    reason: str
-
-
-@dataclass(frozen=True)
-class VelaLayer:
-    """One row of Vela's per-layer table: estimated cycles and multiply-accumulates."""
-
-    operator: str
-    target: str
-    cycles: int
-    macs: int
-    name: str
-
-
-@dataclass(frozen=True)
-class VelaReport:
-    """Vela's figures for one file; estimates of its model of the hardware, not measurements.
-
-    Attributes:
-        path: the compiled file.
-        accelerator, system_config, memory_mode, vela_version: under which the figures hold.
-        encoded_weight_bytes: all weights as the accelerator decodes them.
-        original_weight_bytes: the same weights before encoding.
-        flash_bytes: flash for weights and constants; 0 where the system keeps them in DRAM.
-        sram_bytes: on-chip memory.
-        dram_bytes: off-chip memory for constants and feature maps; 0 where there is none.
-        cycles: one inference.
-        inference_seconds: the same at the configuration's clock.
-        macs: multiply-accumulates of one inference.
-        cpu_ops, npu_ops: operators left to the CPU, and on the accelerator.
-        cpu_operators: which ones and why.
-        layers: the per-layer table.
-    """
-
-    path: Path
-    accelerator: str
-    system_config: str
-    memory_mode: str
-    vela_version: str
-    encoded_weight_bytes: int
-    original_weight_bytes: int
-    flash_bytes: int
-    sram_bytes: int
-    dram_bytes: int
-    cycles: int
-    inference_seconds: float
-    macs: int
-    cpu_ops: int
-    npu_ops: int
-    cpu_operators: tuple[CpuOperator, ...]
-    layers: tuple[VelaLayer, ...]
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.path.name}: {self.accelerator}, {self.system_config}, {self.memory_mode}, "
-            f"Vela {self.vela_version}",
-            f"  encoded weights {self.encoded_weight_bytes / _KIB:,.1f} KiB "
-            f"(of {self.original_weight_bytes / _KIB:,.1f}), flash {self.flash_bytes / _KIB:,.1f}, "
-            f"SRAM {self.sram_bytes / _KIB:,.1f}, DRAM {self.dram_bytes / _KIB:,.1f} KiB",
-            f"  {self.cycles:,} cycles, {self.inference_seconds * 1e3:.3f} ms estimated; "
-            f"{self.npu_ops} operators on the NPU, {self.cpu_ops} on the CPU",
-        ]
-        lines += [
-            f"  CPU: {op.operator} ({op.module or op.tensor}): {op.reason}"
-            for op in self.cpu_operators
-        ]
-        return "\n".join(lines)
 
 
 def vela(
@@ -151,6 +71,8 @@ def vela(
     Raises:
         ValueError: unknown accelerator, or not a .tflite file.
         VelaError: Vela failed; its last lines are in the message.
+        CompiledFileError: what Vela wrote does not hold the file's weights and scales, value by
+            value (see `verify_compiled`).
         ImportError: Vela is not installed.
 
     Warns:
@@ -186,11 +108,22 @@ def compile_with(
         )
         summary = _one_row(Path(folder), path.stem)
         layers = _layers(Path(folder) / f"{path.stem}_per-layer.csv")
-        target.mkdir(parents=True, exist_ok=True)
         (compiled,) = Path(folder).glob(f"{path.stem}_vela.*")
+        verified = _verified(compiled, path)
+        target.mkdir(parents=True, exist_ok=True)
         for file in Path(folder).iterdir():
             shutil.move(file, target / file.name)
-    return _report(target / compiled.name, chosen, summary, log, layers)
+    return _report(target / compiled.name, chosen, summary, log, layers, verified)
+
+
+def _verified(compiled: Path, original: Path) -> CompiledInspection | str:
+    """What the compiled file holds, or why that cannot be compared with the original."""
+    if original.suffix != ".tflite":
+        return "only .tflite files are compared with what they were made from"
+    try:
+        return verify_compiled(compiled, original)
+    except NotVerifiedError as error:
+        return str(error).removeprefix(f"{compiled}: ")
 
 
 def _run(path: Path, options: Mapping[str, str]) -> str:
@@ -240,9 +173,10 @@ def _report(
     summary: Mapping[str, str],
     log: str,
     layers: tuple[VelaLayer, ...],
+    verified: CompiledInspection | str,
 ) -> VelaReport:
     def kib(*names: str) -> int:
-        return round(sum(float(summary[f"{name}_memory_used"]) for name in names) * _KIB)
+        return round(sum(float(summary[f"{name}_memory_used"]) for name in names) * KIB)
 
     return VelaReport(
         path=compiled,
@@ -265,6 +199,8 @@ def _report(
             for operator, tensor, reason in _LEFT_ON_CPU.findall(log)
         ),
         layers=layers,
+        verified=None if isinstance(verified, str) else replace(verified, path=compiled),
+        not_verified=verified if isinstance(verified, str) else "",
     )
 
 

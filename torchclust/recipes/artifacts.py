@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -124,6 +124,6 @@ def _described(done: TFLiteExport) -> Result:
 
 def _compiled(report: VelaReport) -> Result:
     """Return a Vela report as plain values, without the per-layer table."""
-    found = asdict(replace(report, layers=(), cpu_operators=()))
+    found = replace(report, layers=(), cpu_operators=()).to_dict()
     found["cpu_operators"] = [f"{op.operator}: {op.reason}" for op in report.cpu_operators]
     return {**found, "path": report.path.name, "layers": []}

@@ -127,7 +127,9 @@ def _operations(commands: list[int], device: Hardware) -> Iterator[Operation]:
         code, value = word & 0x3FF, word >> 16
         if word >> 14 & 3:
             if at + 1 == len(commands):
-                raise CompiledFileError("the command stream is damaged: its last command is cut off")
+                raise CompiledFileError(
+                    "the command stream is damaged: its last command is cut off"
+                )
             long[code] = (value & 0xFF) << 32 | commands[at + 1]
             at += 2
             continue
@@ -188,9 +190,7 @@ def _operation(
     )
 
 
-def _source(
-    start: int, length: int, region: int, copies: list[tuple[int, int, int, int]]
-) -> Span:
+def _source(start: int, length: int, region: int, copies: list[tuple[int, int, int, int]]) -> Span:
     """Where bytes that an operation reads lie in the file's constants."""
     if region == _CONSTANTS:
         return Span(start, length)

@@ -20,11 +20,13 @@ _ENTRIES, _ENTRY_BITS = 16, 9
 
 @dataclass(frozen=True)
 class FastStream:
-    """A stream's integers, its table's size (0: values as they are), and bits per value."""
+    """A stream's integers, its table's size (0: values as they are), and what is no index."""
 
     values: Array
     palette: int
-    bits: int
+    header_bits: int
+    tail_bits: int
+    run_zeros: int = 0
 
 
 def decode_fast(data: bytes, count: int) -> FastStream:
@@ -56,7 +58,8 @@ def decode_fast(data: bytes, count: int) -> FastStream:
     ):
         raise CompiledFileError("a fast weight stream is damaged: its table is not of its values")
     distinct = len(np.unique(values))
-    return FastStream(values.astype(np.int16), 0 if raw else distinct, bits)
+    tail = len(digits) - count * bits
+    return FastStream(values.astype(np.int16), 0 if raw else distinct, 8 * _HEADER, tail)
 
 
 def _numbers(digits: Array, bits: int) -> Array:

@@ -16,9 +16,9 @@ import numpy as np
 
 from torchclust.export.compiled.commands import Layout
 from torchclust.export.compiled.hardware import Hardware
+from torchclust.export.compiled.layers import ZERO
 from torchclust.export.graph import Array
 
-PADDING = -1
 _KERNEL_PIECE = 8
 _LANES = 4  # output channels that a U85 core takes in a row
 
@@ -52,7 +52,7 @@ class _Loops:
 
 
 def weight_order(layout: Layout, device: Hardware, fast: bool) -> tuple[Array, ...]:
-    """For each stream the positions that it codes, `PADDING` where it codes a zero of its own."""
+    """For each stream the positions that it codes, `ZERO` where it codes a zero of its own."""
     build = _u85 if device.family == "ethos-u85" else _u55
     streams = [_walk(layout.shape, build(layout, device, core)) for core in range(device.cores)]
     if not fast or device.cores == 1:
@@ -78,7 +78,10 @@ def _walk(shape: tuple[int, int, int, int], loops: _Loops) -> Array:
         + micros[:, None, None, None, None]
         + loops.lanes[:, None]
     )
-    step = starts[:, :, None, None, None, None, None, None] + loops.outer[:, None, None, None, None, None]
+    step = (
+        starts[:, :, None, None, None, None, None, None]
+        + loops.outer[:, None, None, None, None, None]
+    )
     source = step + loops.inner[:, None, None] + np.arange(loops.inputs)
     inside = (output < count) & (source < depth)
     channel = loops.channels[np.minimum(output, count - 1)] if count else output
@@ -89,9 +92,11 @@ def _walk(shape: tuple[int, int, int, int], loops: _Loops) -> Array:
     for piece in loops.pieces:
         y, x = piece.T[:, :, None, None, None]
         at = ((channel * height + y) * width + x) * depth + source
-        at = np.where(inside & (y >= 0), at, PADDING)
+        at = np.where(inside & (y >= 0), at, ZERO)
         parts.append(at.reshape(len(blocks), len(input_blocks), -1))
-        reads.append(np.broadcast_to(read[..., None, None, None, None], at.shape).reshape(parts[-1].shape))
+        reads.append(
+            np.broadcast_to(read[..., None, None, None, None], at.shape).reshape(parts[-1].shape)
+        )
     return np.concatenate(parts, 2)[np.concatenate(reads, 2)]
 
 
@@ -198,7 +203,7 @@ def _strided(top: int, left: int, height: int, width: int, stride: tuple[int, in
 def _padded(positions: Array, rounding: int, extra: int = 0) -> Array:
     """Filled up to groups of `rounding` positions, with `extra` more padding behind each."""
     groups = -(-len(positions) // rounding)
-    filled = np.full((groups * rounding, 2), PADDING)
+    filled = np.full((groups * rounding, 2), ZERO)
     filled[: len(positions)] = positions
-    behind = np.full((groups, extra, 2), PADDING)
+    behind = np.full((groups, extra, 2), ZERO)
     return np.concatenate([filled.reshape(groups, rounding, 2), behind], 1).reshape(-1, 2)

@@ -49,4 +49,5 @@ def decode_scales(data: bytes, count: int, bias_bytes: int, multiplier_bytes: in
 
 
 def _number(digits: Array) -> Array:
-    return digits @ (1 << 8 * np.arange(digits.shape[1]))
+    numbers: Array = digits @ (1 << 8 * np.arange(digits.shape[1]))
+    return numbers

@@ -19,14 +19,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from torchclust.export.compiled.errors import CompiledFileError
+from torchclust.export.compiled.slice_header import (
+    LARGEST,
+    NO_VALUE,
+    SYMBOLS,
+    Slice,
+    check_palette,
+    read_header,
+    run_layout,
+    value_table,
+)
 from torchclust.export.graph import Array
 
-_NO_ZERO_RUNS, _END = 6, 7  # in the field that else holds the zero runs' divisor
-_UNCOMPRESSED = 7
-_LARGEST = 512  # a value is a sign and eight bits, an index no longer than that
 _AHEAD = 8  # weights may be this far ahead of zero runs, then they wait
-_SYMBOLS = 12
-_ONES = bytes(number.bit_count() for number in range(1 << _SYMBOLS))
+_ONES = bytes(number.bit_count() for number in range(1 << SYMBOLS))
 
 
 @dataclass(frozen=True)
@@ -53,40 +59,31 @@ class WeightStream:
 
 
 @dataclass(frozen=True)
-class _Palette:
-    """Folded values by index; an index past the last goes on counting from ``offset``."""
-
-    values: tuple[int, ...]
-    bits: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class _Slice:
-    """What a slice's header says; its first chunk begins at bit ``end``."""
-
-    count: int
-    zero_divisor: int | None
-    divisor: int
-    truncated: bool
-    uncompressed: bool
-    palette: _Palette
-    new_palette: bool
-    end: int
-
-
-@dataclass(frozen=True)
 class _Chunks:
-    """By chunk: unary bits, how many symbols end in it, at which bit their remainders begin."""
+    """By chunk: its two unary fields and how many symbols end in it; where its remainders begin.
 
-    first: list[int]
-    second: list[int]
+    The same of zero runs, which have one unary field.
+    """
+
     weights: list[int]
     weight_rests: list[int]
-    unary: list[int]
     runs: list[int]
     run_rests: list[int]
-    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A slice: its weights, folded, the zero runs after each, and before the first if it ``leads``.
+
+    ``leads`` where the palette is new: a slice that goes on with the last one's has no such run.
+    """
+
+    folded: Array
+    runs: Array
+    leads: bool
+    palette: int
+    header_bits: int
+    zero_bits: int
 
 
 def decode_weights(data: bytes, limit: int) -> WeightStream:
@@ -99,158 +96,111 @@ def decode_weights(data: bytes, limit: int) -> WeightStream:
     Raises:
         CompiledFileError: the stream is damaged.
     """
-    end, at, found, zeros, zero_bits, header_bits, largest = 8 * len(data), 0, 0, 0, 0, 0, 0
-    padded, palette, parts = data + bytes(8), None, [np.empty(0, np.int16)]
-    used = np.zeros(_LARGEST, np.int64)
-    while (header := _header(padded, at, end, palette)) is not None:
+    padded, parts, at = data + bytes(8), list[_Part](), 0
+    palette, used = None, np.zeros(LARGEST, np.int64)
+    while (header := read_header(padded, at, 8 * len(data), palette)) is not None:
         if header.new_palette:
-            _check_palette(palette, used)
+            check_palette(palette, used)
             used[:] = 0
+        part, at = _part(padded, header, 8 * len(data), at)
+        used += np.bincount(part.folded, minlength=LARGEST)
+        if len(part.folded) + int(part.runs.sum()) > limit:
+            raise CompiledFileError("a weight stream is damaged: it holds more values than it may")
+        limit -= len(part.folded) + int(part.runs.sum())
+        parts.append(part)
         palette = header.palette
-        chunks = _chunks(padded, header, end)
-        folded, runs = _folded(padded, header, chunks), _zero_runs(padded, header, chunks)
-        used += np.bincount(folded, minlength=_LARGEST)
-        found += header.count + int(runs.sum())
-        if found > limit:
-            raise CompiledFileError(f"a weight stream holds more than the {limit:,} values it may")
-        parts.append(_with_zeros(_unfold(folded), runs, header.new_palette))
-        zeros += int(runs.sum())
-        zero_bits += _run_bits(header, chunks)
-        header_bits += header.end - at
-        largest = max(largest, len(palette.values))
-        at = chunks.end
-    _check_palette(palette, used)
+    check_palette(palette, used)
     _check_tail(data, at)
-    index_bits = at - header_bits - zero_bits
+    headers, zero_bits = sum(p.header_bits for p in parts), sum(p.zero_bits for p in parts)
     return WeightStream(
-        np.concatenate(parts), largest, zeros, header_bits, zero_bits, index_bits, end - at
+        values=np.concatenate([np.empty(0, np.int16), *map(_with_zeros, parts)]),
+        palette=max((part.palette for part in parts), default=0),
+        run_zeros=sum(int(part.runs.sum()) for part in parts),
+        header_bits=headers,
+        zero_bits=zero_bits,
+        index_bits=at - headers - zero_bits,
+        tail_bits=8 * len(data) - at,
     )
 
 
-def _field(data: bytes, at: int, bits: int) -> int:
-    """An unsigned number of at most 57 bits, the least significant first."""
-    window = int.from_bytes(data[at >> 3 : (at >> 3) + 8], "little")
-    return window >> (at & 7) & ((1 << bits) - 1)
+def _part(data: bytes, header: Slice, end: int, start: int) -> tuple[_Part, int]:
+    """A slice from its header on, and the bit after it."""
+    chunks, after = _chunks(data, header, end)
+    count, divisor, room = run_layout(header)
+    return _Part(
+        folded=_folded(data, header, chunks),
+        runs=_zero_runs(data, header, chunks),
+        leads=header.new_palette,
+        palette=len(header.palette.values),
+        header_bits=header.end - start,
+        zero_bits=len(chunks.run_rests) * room + count * divisor,
+    ), after
 
 
-def _header(data: bytes, at: int, end: int, palette: _Palette | None) -> _Slice | None:
-    """The header at a bit, or None for the end mark."""
-    zero_divisor, divisor = _field(data, at, 3), _field(data, at + 18, 3)
-    if zero_divisor == _END and at + 3 <= end:
-        return None
-    new_palette, after = bool(_field(data, at + 22, 1)), at + 23
-    if new_palette:
-        palette, after = _palette(data, after)
-    if after > end or zero_divisor in (4, 5) or divisor == 6 or palette is None:
-        raise CompiledFileError(f"a weight stream is damaged: no slice begins at bit {at:,}")
-    uncompressed = divisor == _UNCOMPRESSED
-    if uncompressed:
-        size = len(palette.values)
-        divisor = (size - 1).bit_length() if size else palette.bits
-    return _Slice(
-        count=_field(data, at + 3, 15) + 1,
-        zero_divisor=None if zero_divisor == _NO_ZERO_RUNS else zero_divisor,
-        divisor=divisor,
-        truncated=bool(_field(data, at + 21, 1)),
-        uncompressed=uncompressed,
-        palette=palette,
-        new_palette=new_palette,
-        end=after,
-    )
-
-
-def _palette(data: bytes, at: int) -> tuple[_Palette, int]:
-    offset, last, bits = _field(data, at, 5), _field(data, at + 5, 5), _field(data, at + 10, 3) + 2
-    at, size = at + 13, last + 1 if last else 0
-    values = tuple(_field(data, at + i * bits, bits) for i in range(size))
-    return _Palette(values, bits, offset), at + size * bits
-
-
-def _chunks(data: bytes, header: _Slice, end: int) -> _Chunks:
-    """Find a slice's chunks."""
-    first, second, weights, weight_rests = [], [], [], []  # type: tuple[list[int], ...]
-    unary, runs, run_rests = [], [], []
+def _chunks(data: bytes, header: Slice, end: int) -> tuple[_Chunks, int]:
+    """Find a slice's chunks, and the bit after them."""
+    found = _Chunks([], [], [], [])
+    weights, runs = found.weights, found.runs
     at, count, divisor, truncated = header.end, header.count, header.divisor, header.truncated
-    coded, whole = not header.uncompressed, 8 if header.uncompressed and divisor > 5 else _SYMBOLS
-    run_count, run_divisor, run_whole = _run_layout(header)
+    coded, room = not header.uncompressed, 8 if header.uncompressed and divisor > 5 else SYMBOLS
+    run_count, run_divisor, run_room = run_layout(header)
     weights_done = runs_done = 0
-    new_weights = new_runs = -1  # -1: the chunk before had none of this kind
+    new_weights = new_runs = -1  # how many the chunk before has; -1: it is of the other kind only
     while True:
-        behind = weights_done - runs_done
+        behind, first = weights_done - runs_done, 0
         waiting_weights, waiting_runs, new_weights, new_runs = new_weights, new_runs, -1, -1
         takes_weights = weights_done < count and (behind < _AHEAD or not run_count)
         window = int.from_bytes(data[at >> 3 : (at >> 3) + 8], "little") >> (at & 7)
         if takes_weights and coded:
-            first.append(window & 0xFFF)
-            window, at = window >> _SYMBOLS, at + _SYMBOLS
+            first, window, at = window & 0xFFF, window >> SYMBOLS, at + SYMBOLS
         if runs_done < run_count and behind >= 0:
-            unary.append(window & ((1 << run_whole) - 1))
-            window, at = window >> run_whole, at + run_whole
-            new_runs = min(run_whole - _ONES[unary[-1]], run_count - runs_done)
+            unary, window, at = window & ((1 << run_room) - 1), window >> run_room, at + run_room
+            new_runs = min(run_room - _ONES[unary], run_count - runs_done)
             runs_done += new_runs
-            runs.append(new_runs)
+            runs += unary, new_runs
         if takes_weights:
-            new_weights = whole
-            if coded:
-                ones = _ONES[first[-1]]
-                second.append(window & ((1 << ones) - 1))
-                at += ones
-                new_weights -= 0 if truncated else _ONES[second[-1]]
-            new_weights = min(new_weights, count - weights_done)
+            second, at = window & ((1 << _ONES[first]) - 1), at + _ONES[first]
+            complete = room if truncated else room - _ONES[second]
+            new_weights = min(complete, count - weights_done)
             weights_done += new_weights
-            weights.append(new_weights)
+            weights += first, second, new_weights
         if waiting_weights >= 0:
-            weight_rests.append(at)
+            found.weight_rests.append(at)
             at += waiting_weights * divisor
         if waiting_runs >= 0:
-            run_rests.append(at)
+            found.run_rests.append(at)
             at += waiting_runs * run_divisor
         if at > end:
             raise CompiledFileError("a weight stream is damaged: it ends in the middle of a slice")
         if new_weights < 0 and new_runs < 0:
-            return _Chunks(first, second, weights, weight_rests, unary, runs, run_rests, at)
+            return found, at
 
 
-def _run_layout(header: _Slice) -> tuple[int, int, int]:
-    """How many zero runs a slice codes, their divisor, and how many a chunk has room for."""
-    if header.zero_divisor is None:
-        return 0, 0, 0
-    room = _SYMBOLS if header.zero_divisor < 3 else 8
-    return header.count + header.new_palette, header.zero_divisor, room
-
-
-def _run_bits(header: _Slice, chunks: _Chunks) -> int:
-    count, divisor, room = _run_layout(header)
-    return len(chunks.unary) * room + count * divisor
-
-
-def _folded(data: bytes, header: _Slice, chunks: _Chunks) -> Array:
+def _folded(data: bytes, header: Slice, chunks: _Chunks) -> Array:
     """A slice's weights but for its zero runs, the sign folded into the lowest bit."""
-    quotients = np.zeros(header.count, np.int64)
+    first, second, ends = np.array(chunks.weights).reshape(-1, 3).T
+    indices = _remainders(data, chunks.weight_rests, ends, header.divisor)
     if not header.uncompressed:
-        first, second = np.array(chunks.first), np.array(chunks.second)
-        bits = first[:, None] >> np.arange(_SYMBOLS) & 1
+        bits = first[:, None] >> np.arange(SYMBOLS) & 1
         codes = bits + (bits & second[:, None] >> (np.cumsum(bits, 1) - bits))
         quotients = _sums(codes, (codes < 2) | header.truncated, header.count)
-    indices = (quotients << header.divisor) + _remainders(
-        data, chunks.weight_rests, chunks.weights, header.divisor
-    )
-    palette = header.palette
-    size = len(palette.values)
-    table = np.array([*palette.values, *range(palette.offset, palette.offset + _LARGEST)])
-    if indices.max() >= min(len(table), _LARGEST) or (folded := table[indices]).max() >= _LARGEST:
-        raise CompiledFileError(f"a weight stream is damaged: an index past its {size} values")
+        indices += quotients << header.divisor
+    folded: Array = value_table(header.palette)[np.minimum(indices, LARGEST)]
+    if folded.min() == NO_VALUE:
+        raise CompiledFileError("a weight stream is damaged: an index for which there is no value")
     return folded
 
 
-def _zero_runs(data: bytes, header: _Slice, chunks: _Chunks) -> Array:
-    """Lengths of the runs of zeros: before the first weight, if the palette is new, and after each."""
-    count, divisor, room = _run_layout(header)
+def _zero_runs(data: bytes, header: Slice, chunks: _Chunks) -> Array:
+    """Lengths of the zero runs, after each weight and, with a new palette, before the first."""
+    count, divisor, room = run_layout(header)
     if not count:
         return np.zeros(header.count + header.new_palette, np.int64)
-    bits = np.array(chunks.unary)[:, None] >> np.arange(room) & 1
+    unary, ends = np.array(chunks.runs).reshape(-1, 2).T
+    bits = unary[:, None] >> np.arange(room) & 1
     quotients = _sums(bits, bits == 0, count)
-    return (quotients << divisor) + _remainders(data, chunks.run_rests, chunks.runs, divisor)
+    lengths: Array = _remainders(data, chunks.run_rests, ends, divisor) + (quotients << divisor)
+    return lengths
 
 
 def _sums(codes: Array, ends: Array, count: int) -> Array:
@@ -259,44 +209,28 @@ def _sums(codes: Array, ends: Array, count: int) -> Array:
     at_ends = totals[ends.ravel()][:count]
     if at_ends[-1] != totals[-1]:
         raise CompiledFileError("a weight stream is damaged: symbols behind a slice's last")
-    return np.diff(at_ends, prepend=0)
+    sums: Array = np.diff(at_ends, prepend=0)
+    return sums
 
 
-def _remainders(data: bytes, rests: list[int], counts: list[int], bits: int) -> Array:
+def _remainders(data: bytes, rests: list[int], counts: Array, bits: int) -> Array:
     """The numbers of at most nine bits that lie from each bit in `rests` on, `counts` of them."""
-    repeats = np.array(counts)
-    within = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-    at = np.repeat(np.array(rests), repeats) + within * bits
-    content = np.frombuffer(data, np.uint8).astype(np.int64)
-    byte = at >> 3
-    window = content[byte] | content[byte + 1] << 8
-    return window >> (at & 7) & ((1 << bits) - 1)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    at = np.repeat(np.array(rests), counts) + within * bits
+    content, byte = np.frombuffer(data, np.uint8), at >> 3
+    window = content[byte].astype(np.int64) | content[byte + 1].astype(np.int64) << 8
+    numbers: Array = window >> (at & 7) & ((1 << bits) - 1)
+    return numbers
 
 
-def _unfold(folded: Array) -> Array:
-    magnitude = (folded >> 1).astype(np.int16)
-    return np.where(folded & 1, -magnitude, magnitude)
-
-
-def _with_zeros(weights: Array, runs: Array, leads: bool) -> Array:
-    """Weights with a run of zeros after each, and one before the first where `leads`."""
-    values = np.zeros(len(weights) + int(runs.sum()), np.int16)
-    before = np.cumsum(runs) if leads else np.cumsum(runs) - runs
-    values[np.arange(len(weights)) + before[: len(weights)]] = weights
+def _with_zeros(part: _Part) -> Array:
+    """A slice's values, its runs of zeros among them."""
+    magnitude = (part.folded >> 1).astype(np.int16)
+    before = np.cumsum(part.runs) if part.leads else np.cumsum(part.runs) - part.runs
+    values = np.zeros(len(magnitude) + int(part.runs.sum()), np.int16)
+    at = np.arange(len(magnitude)) + before[: len(magnitude)]
+    values[at] = np.where(part.folded & 1, -magnitude, magnitude)
     return values
-
-
-def _check_palette(palette: _Palette | None, used: Array) -> None:
-    """What no index reads must be as the encoder derives it from the values that it coded."""
-    if palette is None:
-        return
-    values = np.flatnonzero(used)
-    values[values == 1] = 0  # the encoder writes a zero that has no place in the palette as -0
-    unread = set(palette.values) - set(values.tolist())
-    widest = max(palette.values, default=int(values.max()))
-    bits = max(2, widest.bit_length())
-    if unread - {0} or palette.bits != bits or palette.offset != min(int(values.min()), 31):
-        raise CompiledFileError("a weight stream is damaged: a palette that its values do not need")
 
 
 def _check_tail(data: bytes, at: int) -> None:
