@@ -79,7 +79,7 @@ BEYOND_NAMES = {
     "torchclust.export": {
         "ExportError": "what `to_tflite` raises: to catch it, one must name it",
         "VelaError": "what `vela` raises",
-        "CompiledFileError": "what `verify_compiled` and `vela` raise for a file that is not as it should",
+        "CompiledFileError": "what `verify_compiled` and `vela` raise",
         "NotVerifiedError": "what `verify_compiled` raises where it cannot follow the compiler",
         "CompiledInspection": "what `verify_compiled` returns: its rows and the accelerator",
         "CompiledRow": "a row of it",

@@ -125,7 +125,7 @@ def export(args: Namespace) -> Any:
 
 def vela(args: Namespace) -> Any:
     """Compile a .tflite file and show Vela's figures."""
-    from torchclust.export import vela
+    from torchclust.export import CompiledFileError, vela
 
     try:
         report = vela(
@@ -135,6 +135,8 @@ def vela(args: Namespace) -> Any:
             memory_mode=args.memory_mode,
             output_dir=args.output,
         )
+    except CompiledFileError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(str(error)) from error
     if _tables(args):

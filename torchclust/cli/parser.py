@@ -245,13 +245,14 @@ def _exit_status(error: Exception) -> int | None:
         return 1
     if isinstance(error, ImportError):
         return None if (error.name or "").startswith("torchclust") else 2
-    from torchclust.export import ExportError, VelaError
+    from torchclust.export import CompiledFileError, ExportError, VelaError
     from torchclust.recipes.schema import RecipeError
     from torchclust.zoo.dataset import DataError
 
     if isinstance(error, RecipeError | DataError):
         return 2
-    return 1 if isinstance(error, ExportError | VelaError) else None
+    failures = (CompiledFileError, ExportError, VelaError)
+    return 1 if isinstance(error, failures) else None
 
 
 def _one_line(command: str, error: Exception) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torchclust.export.compiled.errors import NotVerifiedError
+
 _FAMILIES = ("ethos-u55", "ethos-u65", "ethos-u85")
 
 
@@ -25,11 +27,11 @@ def hardware(config: int) -> Hardware:
     """The accelerator by its configuration register, as the compiled file carries it.
 
     Raises:
-        ValueError: none that is known.
+        NotVerifiedError: none that is known.
     """
     product, macs = config >> 28, 1 << (config & 0xF)
     if product >= len(_FAMILIES):
-        raise ValueError(f"an accelerator of the unknown product number {product}")
+        raise NotVerifiedError(f"an accelerator of the unknown product number {product}")
     family = _FAMILIES[product]
     cores = {"ethos-u65": {512: 2}, "ethos-u85": {512: 2, 1024: 4, 2048: 4}}.get(family, {})
     return Hardware(family, macs, cores.get(macs, 1))
