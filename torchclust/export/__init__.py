@@ -24,7 +24,8 @@ from torchclust.export.backends import ExportError
 from torchclust.export.executorch.program import PTEExport, to_pte
 from torchclust.export.inspect import Inspection, Port, WeightRow, inspect_tflite
 from torchclust.export.tflite import OperatorRow, TFLiteExport, to_tflite
-from torchclust.export.vela import CpuOperator, VelaError, VelaLayer, VelaReport, vela
+from torchclust.export.vela import VelaError, VelaLayer, VelaReport, vela
+from torchclust.export.vela_log import CpuOperator
 from torchclust.export.verify import TensorRow
 
 __all__ = [
