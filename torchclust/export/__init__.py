@@ -32,7 +32,8 @@ from torchclust.export.executorch.program import PTEExport, to_pte
 from torchclust.export.inspect import Inspection, Port, WeightRow, inspect_tflite
 from torchclust.export.tflite import OperatorRow, TFLiteExport, to_tflite
 from torchclust.export.vela import VelaError, vela
-from torchclust.export.vela_report import CpuOperator, VelaLayer, VelaReport
+from torchclust.export.vela_log import CpuOperator
+from torchclust.export.vela_report import VelaLayer, VelaReport
 from torchclust.export.verify import TensorRow
 
 __all__ = [

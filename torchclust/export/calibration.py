@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -28,6 +29,7 @@ Ranges: TypeAlias = Literal["minmax", "percentile", "mse"]
 
 RANGES = ("minmax", "percentile", "mse")
 _BINS = 2048
+_LEAST_RANGE = 1e-9  # what the quantizer itself takes for none
 _OUTLIERS = 1e-4  # "percentile" leaves out this share of the values, on each side
 _CLIPPINGS = 64  # how many clipping points "mse" tries on each side
 
@@ -107,6 +109,25 @@ def observe(
         for index, histogram in histograms.items():
             histogram.add(run.tensor(index), count=method != "minmax")
     return {graph.tensors[i].name: h.range(method) for i, h in histograms.items()}
+
+
+def widen_dead(observed: Mapping[str, Range], graph: Graph) -> dict[str, Range]:
+    """Ranges in which a tensor that was always zero has a usable one, [-1, 1].
+
+    A recurrent state that starts at zero and a dead ReLU have none of their own; the quantizer
+    would give them a step of 4e-12, and every bias behind them would saturate.
+    """
+    dead = [name for name, range_ in observed.items() if max(map(abs, range_)) < _LEAST_RANGE]
+    if dead:
+        inputs = [t.name for t in graph.inputs if t.name in dead]
+        which = f"input {inputs[0]!r}" if inputs else repr(dead[0])
+        warnings.warn(
+            f"{len(dead)} of the model's tensors are zero for all calibration data, {which} the "
+            f"first; they get the range [-1, 1]. Calibrate on data that fill them, such as the "
+            f"states of a recurrent network after some steps, or remove a dead branch",
+            stacklevel=3,
+        )
+    return {**observed, **dict.fromkeys(dead, (-1.0, 1.0))}
 
 
 def activations(graph: Graph) -> list[int]:

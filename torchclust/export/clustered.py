@@ -81,6 +81,7 @@ def find_clustered(
             more codes than clusters there.
     """
     found: list[Placed[WeightT]] = []
+    weights = list(weights)
     for weight in weights:
         unclaimed_first = sorted(trained, key=lambda t: _is_placed(found, t))
         matches = (match(weight.matrix, t) for t in unclaimed_first)
@@ -88,9 +89,10 @@ def find_clustered(
         if matched is not None:
             _check_count(matched)
             found.append(Placed(weight, _without_trifles(matched)))
+    left = {w.matrix.size for w in weights if all(p.weight is not w for p in found)}
     for t in trained:
         if t.name in used and not _is_placed(found, t):
-            _report_unplaced(t)
+            _report_unplaced(t, left)
     return found
 
 
@@ -141,8 +143,15 @@ def _is_placed(found: Sequence[Placed[WeightT]], trained: Trained) -> bool:
     return any(placed.matched.trained is trained for placed in found)
 
 
-def _report_unplaced(trained: Trained) -> None:
+def _report_unplaced(trained: Trained, sizes_left: set[int]) -> None:
     """An error for a tensor that is clustered; what only looks so (a constant) may well be none."""
+    if not any(trained.weight.size % size == 0 for size in sizes_left):
+        warnings.warn(
+            f"{trained.name!r} is not in the file: what it computes reaches no output, or is "
+            f"multiplied by zero, as by the BatchNorm of a branch that was never trained",
+            stacklevel=4,
+        )
+        return
     lost = (
         f"no weight of the converted file is {trained.name!r} {trained.weight.shape} up to a "
         f"factor per channel, so its codes cannot be kept"

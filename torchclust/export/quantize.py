@@ -10,9 +10,10 @@ from torchclust.export import backends
 from torchclust.export.backends import ExportError
 from torchclust.export.calibration import Range
 from torchclust.export.clustered import Placed
-from torchclust.export.codes import LARGEST
+from torchclust.export.codes import LARGEST, Matched
 from torchclust.export.container import inline_buffers
 from torchclust.export.graph import Array, Graph, Operator, Weight
+from torchclust.export.sandwiches import without_sandwiches
 
 # Biases are int32 in units of input scale x weight scale, and the accumulator shares the range.
 _BIAS_LIMIT = 2.0**30
@@ -62,7 +63,7 @@ def quantize(
         raise ExportError(
             f"the quantizer cannot quantize this model: {backends.first_line(error)}"
         ) from error
-    return inline_buffers(bytes(result.quantized_model))
+    return without_sandwiches(inline_buffers(bytes(result.quantized_model)))
 
 
 def _set_weights(
@@ -79,8 +80,9 @@ def _set_weights(
         if weight.tensor.dtype != "float32" or weight.operator.name in _PER_TENSOR:
             continue
         matched = clustered.get(weight.tensor.index)
-        own = np.abs(weight.matrix).max(axis=1) / LARGEST if matched is None else matched.scales
-        scale = own
+        scale = np.abs(weight.matrix).max(axis=1) / LARGEST if matched is None else matched.scales
+        if weight.operator.name == "EMBEDDING_LOOKUP":
+            scale = _table_scale(weight, matched, scale)
         for operator in graph.users(weight.tensor):
             scale = np.maximum(scale, _least_scale(graph, operator, observed))
         scale = scale.astype(np.float32)
@@ -88,6 +90,16 @@ def _set_weights(
         if matched is not None:
             weight.write(scale[:, None] * matched.codes)
     return scales
+
+
+def _table_scale(weight: Weight, matched: Matched | None, scale: Array) -> Array:
+    """One scale for all rows of a table, where its codes allow it: tflite-micro reads only one."""
+    if matched is None:
+        return np.full_like(scale, scale.max())
+    if matched.trained.symmetric or len(np.unique(matched.groups)) > 1:
+        return scale
+    codes = matched.codes.astype(np.float64)
+    return np.full_like(scale, (weight.matrix * codes).sum() / max(1.0, np.square(codes).sum()))
 
 
 def _least_scale(graph: Graph, operator: Operator, observed: Mapping[str, Range]) -> Array:

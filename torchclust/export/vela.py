@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -28,14 +27,14 @@ from torchclust.export.compiled.errors import NotVerifiedError
 from torchclust.export.compiled.rows import CompiledInspection
 from torchclust.export.compiled.verification import verify_compiled
 from torchclust.export.inspect import Inspection, inspect_tflite
-from torchclust.export.vela_report import KIB, CpuOperator, VelaLayer, VelaReport
-
-_CPU_COUNT = re.compile(r"^CPU operators = (\d+)", re.MULTILINE)
-_NPU_COUNT = re.compile(r"^NPU operators = (\d+)", re.MULTILINE)
-_LEFT_ON_CPU = re.compile(
-    r"^Warning \([^)]*\) operator: (\w+), ofm: '([^']*)'\n(?:\s*-?\s*)Reason: (.*)$", re.MULTILINE
+from torchclust.export.vela_log import (
+    counts,
+    ending,
+    is_complete,
+    last_words,
+    left_on_cpu,
 )
-_TENSOR_NAME = re.compile(r" \([^()]*/[^()]*\)")
+from torchclust.export.vela_report import KIB, VelaLayer, VelaReport
 
 
 class VelaError(RuntimeError):
@@ -87,13 +86,20 @@ def vela(
     if accelerator.startswith("ethos-u85"):
         _warn_about_codes(inspected)
     target = Path(output_dir) if output_dir is not None else path.parent
-    return compile_with(path, chosen, target)
+    return compile_with(path, chosen, target, made_by=inspected.made_by)
 
 
 def compile_with(
-    path: Path, chosen: Configuration, target: Path, output_format: str = "tflite"
+    path: Path,
+    chosen: Configuration,
+    target: Path,
+    output_format: str = "tflite",
+    made_by: Mapping[str, str] | None = None,
 ) -> VelaReport:
-    """Compile whatever Vela reads (.tflite, .tosa) into a folder and read its figures."""
+    """Compile whatever Vela reads (.tflite, .tosa) into a folder and read its figures.
+
+    ``made_by``: the file's operators by their outputs, for those that Vela has no name for.
+    """
     with tempfile.TemporaryDirectory() as folder:
         log = _run(
             path,
@@ -113,7 +119,7 @@ def compile_with(
         target.mkdir(parents=True, exist_ok=True)
         for file in Path(folder).iterdir():
             shutil.move(file, target / file.name)
-    return _report(target / compiled.name, chosen, summary, log, layers, verified)
+    return _report(target / compiled.name, chosen, summary, log, made_by or {}, layers, verified)
 
 
 def _verified(compiled: Path, original: Path) -> CompiledInspection | str:
@@ -134,14 +140,11 @@ def _run(path: Path, options: Mapping[str, str]) -> str:
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
-    if done.returncode != 0 or _CPU_COUNT.search(done.stdout) is None:
-        said = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        crashed = any(line.startswith("Traceback") for line in said)
-        last = "\n  ".join(said[-1:] if crashed else said[-3:]) or "nothing"
+    if done.returncode != 0 or not is_complete(done.stdout):
         raise VelaError(
             f"Vela cannot compile {path} for {options['accelerator-config']} "
-            f"({options['system-config']}, {options['memory-mode']}); it exited with "
-            f"{done.returncode} and said:\n  {last}"
+            f"({options['system-config']}, {options['memory-mode']}); {ending(done.returncode)} "
+            f"and said:\n  {last_words(done.stdout)}"
         )
     return done.stdout
 
@@ -172,6 +175,7 @@ def _report(
     chosen: Configuration,
     summary: Mapping[str, str],
     log: str,
+    made_by: Mapping[str, str],
     layers: tuple[VelaLayer, ...],
     verified: CompiledInspection | str,
 ) -> VelaReport:
@@ -192,30 +196,13 @@ def _report(
         cycles=round(float(summary["cycles_total"])),
         inference_seconds=float(summary["inference_time"]),
         macs=round(float(summary["nn_macs"])),
-        cpu_ops=_count(_CPU_COUNT, log),
-        npu_ops=_count(_NPU_COUNT, log),
-        cpu_operators=tuple(
-            CpuOperator(operator, tensor, _torch_path(tensor), _TENSOR_NAME.sub("", reason))
-            for operator, tensor, reason in _LEFT_ON_CPU.findall(log)
-        ),
+        cpu_ops=counts(log)[0],
+        npu_ops=counts(log)[1],
+        cpu_operators=left_on_cpu(log, made_by),
         layers=layers,
         verified=None if isinstance(verified, str) else replace(verified, path=compiled),
         not_verified=verified if isinstance(verified, str) else "",
     )
-
-
-def _count(pattern: re.Pattern[str], log: str) -> int:
-    found = pattern.search(log)
-    return int(found[1]) if found else 0
-
-
-def _torch_path(tensor: str) -> str | None:
-    """The torch module that a tensor's name from the converter speaks of.
-
-    The name lists modules as ``class_attribute``; class names seldom have an underscore.
-    """
-    steps = tensor.partition(";")[0].split("/")[2:]
-    return ".".join(s.rpartition(".")[2].lstrip("_").partition("_")[2] for s in steps) or None
 
 
 def _warn_about_codes(inspected: Inspection) -> None:

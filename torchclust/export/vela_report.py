@@ -8,25 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from torchclust.export.compiled.rows import CompiledInspection
+from torchclust.export.vela_log import CpuOperator
 
 KIB = 1024
-
-
-@dataclass(frozen=True)
-class CpuOperator:
-    """An operator that Vela leaves to the CPU.
-
-    Attributes:
-        operator: TFLite's name for it, for example ``"LEAKY_RELU"``.
-        tensor: the name of its output in the file.
-        module: the path of the torch module that made it, where the tensor's name tells.
-        reason: in Vela's words.
-    """
-
-    operator: str
-    tensor: str
-    module: str | None
-    reason: str
 
 
 @dataclass(frozen=True)
