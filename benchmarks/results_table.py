@@ -218,8 +218,8 @@ CAPTION = (
     "Sizes are of zipped float .tflite files unless they say otherwise. *Control* is the same",
     "trained model, trained on for as long without clustering. Vela 5.2 for ethos-u55-128; means",
     "over the seeds, 1 kB is 1,000 bytes. *No labels*: the published weights, clustered to 512 (or",
-    "111) unlabelled inputs and not trained, so one seed; the standard error of a difference is about",
-    "0.3 points on 1,908 clips and 1.5 on 118 images, of which COCO 2014's training set may hold some.",
+    "111) unlabelled inputs and never trained, so one seed; a difference has a standard error of",
+    "about 0.3 points on 1,908 clips and 1.5 on 118 images, which the network may have seen.",
     "Made by `benchmarks/results_table.py`.",
 )
 
