@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from torchclust import cluster_, strip_, zoo
 from torchclust.export import to_tflite, vela
-from torchclust.export.file_network import FileNetwork
+from torchclust.export.file_network import of_tflite
 from torchclust.lightning import WeightClustering
 from torchclust.lightning.trees import Callback, installed
 from torchclust.recipes.classifier import Classifier, accuracy
@@ -137,7 +137,7 @@ def measure(data: Data, seed: int, batch_norm: bool, name: str) -> dict[str, Any
         path = Path(folder) / "model.tflite"
         done = to_tflite(model, calibration[:1], path, calibration=[calibration])
         report = vela(path, output_dir=folder)
-        percent = accuracy(FileNetwork(done, model, [calibration]), loader(data.test, 1000))
+        percent = accuracy(of_tflite(done, model, [calibration]), loader(data.test, 1000))
     return {
         "point": name,
         "seed": seed,

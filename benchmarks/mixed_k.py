@@ -25,7 +25,7 @@ from torch import nn
 from torchclust import mixed, zoo
 from torchclust.allocation import Curves
 from torchclust.export import to_tflite, vela
-from torchclust.export.file_network import FileNetwork
+from torchclust.export.file_network import of_tflite
 from torchclust.lightning.trees import installed
 from torchclust.recipes.classifier import Classifier, accuracy
 from torchclust.recipes.load import parse_recipe
@@ -101,7 +101,7 @@ def measure(data: Data, seed: int, budget: float) -> Row:
         path = Path(folder) / "model.tflite"
         done = to_tflite(copy.deepcopy(model), calibration[:1], path, calibration=[calibration])
         report = vela(path, output_dir=folder)
-        percent = accuracy(FileNetwork(done, model, [calibration]), loader(data.test, 1000))
+        percent = accuracy(of_tflite(done, model, [calibration]), loader(data.test, 1000))
     return {
         "seed": seed,
         "budget_kib": budget,

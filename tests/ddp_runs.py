@@ -26,6 +26,7 @@ from torchclust.lightning.distributed import keep_indices_local_
 CLUSTERINGS: dict[str, dict[str, Any]] = {
     "fixed": {},
     "int8": {"codebook_dtype": "int8", "assignment": "nearest"},
+    "priced": {"assignment": "nearest", "rate": 0.05},
     "later": {"start_epoch": 1, "freeze": "net.0.*"},
 }
 

@@ -13,13 +13,15 @@ from torchclust.zoo.dataset import Data, ImageArrays
 def fake_data(section: DataSection, count: int = 40) -> Data:
     """Noise in the shape of the data set that a recipe names."""
     shapes = {"mnist5k": (1, 28, 28), "fashion_mnist": (1, 28, 28)}
-    if section.name == "speech_synthetic":
+    shapes |= {"cifar10": (3, 32, 32), "visual_wake_words": (3, 96, 96)}
+    if section.name.startswith("speech"):
         shapes, count = {section.name: (1, 49, 10)}, 12
+    classes = {"speech_commands": 12, "visual_wake_words": 2}.get(section.name, 10)
     size = section.image_size or 224
     shape = shapes.get(section.name, (3, size, size))
     images = np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
-    part = ImageArrays(images, np.arange(count) % 10)
-    return Data(part, part, shape, 10)
+    part = ImageArrays(images, np.arange(count) % min(classes, 10))
+    return Data(part, part, shape, classes)
 
 
 def write_idx(file: Path, array: np.ndarray, *, zipped: bool = False) -> None:

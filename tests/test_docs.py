@@ -8,6 +8,7 @@ document Python shares one namespace, and everything one scratch folder, from to
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import re
 import runpy
@@ -132,8 +133,23 @@ def run_shell(fence: Token, later: str, place: str) -> None:
         COMMANDS[words[0]](words[1:], "\n".join([*lines[number + 1 :], later]))
 
 
+needs_executorch = (
+    pytest.mark.executorch,
+    pytest.mark.skipif(
+        importlib.util.find_spec("executorch") is None, reason="make test-executorch"
+    ),
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(page, marks=needs_executorch if page.stem == "executorch" else ())
+        for page in DOCUMENTS
+    ],
+    ids=name_of,
+)
 def test_snippets_do_what_is_printed(document: Path, scratch: Path) -> None:
     namespace: dict[str, object] = {"__name__": "__main__"}
     found = fences(document)

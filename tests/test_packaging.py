@@ -21,6 +21,7 @@ EXTRAS = {
     "lightning": ("pytorch_lightning", "lightning", "torchmetrics"),
     "export": ("litert_torch", "ai_edge_litert", "ai_edge_quantizer", "litert_quantizer",
                "flatbuffers", "ethosu"),
+    "executorch": ("executorch", "torchao", "tosa", "tosa_reference_model"),
     "recipes": ("constriction", "matplotlib", "mlxtend", "pydantic", "yaml", "rich", "safetensors",
                 "sklearn", "scipy", "shtab", "PIL", "tqdm"),
 }  # fmt: skip
@@ -81,7 +82,14 @@ def test_the_sdist_holds_what_the_tests_need(built: dict[str, Path]) -> None:
         source = (f for f in (ROOT / folder).rglob("*") if f.is_file())
         expected = {str(f.relative_to(ROOT)) for f in source if "__pycache__" not in f.parts}
         assert {name for name in expected if "/." not in name} <= names, folder
-    assert {"Makefile", "constraints.txt", "pyproject.toml", "setup.cfg", "README.md"} <= names
+    assert {
+        "Makefile",
+        "constraints.txt",
+        "constraints-executorch.txt",
+        "pyproject.toml",
+        "setup.cfg",
+        "README.md",
+    } <= names
     assert not [name for name in names if name.endswith((".pyc", ".pt"))]
 
 
@@ -151,6 +159,7 @@ ENTRIES = {
     "torchclust.export.to_tflite(model, x, 'a.tflite', calibration=None, float=True)": "export",
     "torchclust.export.inspect_tflite('b.tflite')": "export",
     "torchclust.export.vela('b.tflite')": "export",
+    "torchclust.export.to_pte(model, x, 'a.pte', calibration=[x])": "executorch",
     "torchclust.save_packed(model, 'a.packed')": "recipes",
     "torchclust.load_packed_(model, 'b.packed')": "recipes",
     "torchclust.summary(model).plot()": "recipes",

@@ -167,7 +167,9 @@ def test_outputs_are_those_of_the_float_model(mobile: Exported) -> None:
     assert mobile.result.sqnr_db > 25
     assert mobile.result.top1_agreement is not None
     assert mobile.result.top1_agreement >= 0.9
-    assert mobile.result.calibration_samples == 24
+    assert mobile.result.calibration_samples == 21
+    assert mobile.result.compared_samples == 3
+    assert mobile.result.micro_difference == 0
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -177,9 +179,12 @@ def case(
     torch.manual_seed(0)
     case: Case = CASES[request.param]
     model = cluster_(randomize_norms(case.build(), tiny=False), 8, codebook_dtype="int8")
-    calibration = [case.inputs(seed) for seed in range(16)]
+    calibration = [case.inputs(seed) for seed in range(64)]
     path = tmp_path_factory.mktemp("case") / "int8.tflite"
-    result = to_tflite(strip_(model), case.inputs(0), path, calibration=calibration)
+    with warnings.catch_warnings():
+        if case.vocabulary:  # a scale per row of a table, of which tflite-micro reads one
+            warnings.filterwarnings("ignore", "tflite-micro answers otherwise", UserWarning)
+        result = to_tflite(strip_(model), case.inputs(0), path, calibration=calibration)
     return case, Exported(model, result, torch.empty(0))
 
 
@@ -197,7 +202,7 @@ def test_every_construct_keeps_its_codes(case: tuple[Case, Exported], tmp_path: 
     assert {row.operator for row in result.float_operators} == set(expected.on_cpu)
     assert result.operators.get("TRANSPOSE", 0) == expected.transposes
     assert result.sqnr_db is not None
-    assert result.sqnr_db > 28
+    assert result.sqnr_db > 22  # of samples that calibration has not seen
     report = vela(result.path, output_dir=tmp_path)
     assert {row.operator for row in report.cpu_operators} == set(expected.on_cpu)
     assert report.cpu_ops == len(report.cpu_operators)
@@ -267,7 +272,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 def test_a_tensor_of_samples_calibrates_as_its_batches_do(tmp_path: Path) -> None:
     for name, calibration in (("tensor", IMAGES), ("batches", IMAGES.split(5))):
         result = to_tflite(small(), IMAGES, tmp_path / name, calibration=calibration)
-        assert result.calibration_samples == len(IMAGES)
+        assert result.calibration_samples == 14 == len(IMAGES) - result.compared_samples
     assert (tmp_path / "tensor").read_bytes() == (tmp_path / "batches").read_bytes()
 
 
@@ -313,7 +318,7 @@ def test_any_model_exports_and_stays_as_it_is(mode: str, tmp_path: Path) -> None
     loader = DataLoader(TensorDataset(IMAGES, torch.arange(16)), batch_size=5)
     result = to_tflite(model, IMAGES[:2], tmp_path / "a.tflite", calibration=loader)
     assert len(result.tensors) == (0 if mode == "plain" else 2)
-    assert result.calibration_samples == 16
+    assert result.calibration_samples == 14
     assert model.training == (mode == "training")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     for p, grad in zip(model.parameters(), grads, strict=True):
@@ -365,14 +370,14 @@ def test_a_float_file_computes_what_the_model_computes(calibration: Any, tmp_pat
 
 
 def test_what_stays_in_float_is_listed_with_its_module(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LeakyReLU(), nn.Conv2d(8, 4, 1))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Softplus(), nn.Conv2d(8, 4, 1))
     result = to_tflite(model, IMAGES, tmp_path / "a.tflite", calibration=[IMAGES])
-    found = [(row.operator, row.module) for row in result.float_operators]
-    assert found == [("DEQUANTIZE", "0"), ("LEAKY_RELU", "1"), ("QUANTIZE", "1")]
+    found = {(row.operator, row.module) for row in result.float_operators}
+    assert ("LOG", "1") in found
     report = vela(result.path)
     left = {(row.operator, row.module) for row in report.cpu_operators}
-    assert left == {("DEQUANTIZE", "0"), ("LEAKY_RELU", "1"), ("QUANTIZE", "1")}
-    assert report.cpu_ops == 3
+    assert ("LOG", "1") in left
+    assert report.cpu_ops == len(report.cpu_operators)
 
 
 def test_a_layer_that_cannot_be_int8_is_refused(tmp_path: Path) -> None:

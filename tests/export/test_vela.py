@@ -19,7 +19,7 @@ from torch import nn
 
 from torchclust import cluster_
 from torchclust.export import VelaError, VelaReport, inspect_tflite, to_tflite, vela
-from torchclust.export.vela import ACCELERATORS
+from torchclust.export.accelerators import ACCELERATORS
 
 
 def export(path: Path, model: nn.Module, k: int | None) -> Path:

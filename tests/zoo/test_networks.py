@@ -1,12 +1,15 @@
 """The zoo's networks are the published ones: parameters and multiply-accumulates agree."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from torchclust.recipes.prepare import load_checkpoint_
+from torchclust.zoo.mlperf_tiny import Conv, mlperf_ad, mlperf_ic, mlperf_kws, mlperf_vww
 from torchclust.zoo.networks import MODELS
 
 # name: (parameters, million MACs), with where each was published.
@@ -20,6 +23,11 @@ PUBLISHED = {
     "mobilenet_v2": (3_504_872, 300.8),  # torchvision's; paper: 3.4M, 300M
     # MLPerf Tiny: 78,666, less 480 BatchNorm statistics and 240 biases before them; 12.5M
     "resnet8": (78_666 - 480 - 240, 12.5),
+    # MLPerf Tiny, BatchNorm kept: the folded counts, and for every norm its gamma and beta
+    "mlperf_kws": (22_604 + 2 * 9 * 64, 2.66),
+    "mlperf_vww": (210_850 + 2 * (8 + 1240 + 1488), 7.49),
+    "mlperf_ic": (77_706 + 2 * (16 + 32 + 64 + 128), 12.5),
+    "mlperf_sww": (46_459 + 128 * 3 + 32, 0.826),
     # 156K parameters make the published 0.57 MB of zipped float file
     "mnist_convnet": (155_606, None),
     # Hello Edge, Table 7: 497.6 KB of 8-bit weights and activations, 56.9M operations
@@ -49,7 +57,8 @@ def test_parameters_and_macs(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_other_inputs_and_classes(name: str) -> None:
-    logits = MODELS[name]((3, 32, 36), 7).eval()(torch.randn(2, 3, 32, 36))
+    shape = (3, 30, 1) if name == "mlperf_sww" else (3, 32, 36)  # all of time at once
+    logits = MODELS[name](shape, 7).eval()(torch.randn(2, *shape))
     assert logits.shape == (2, 7)
 
 
@@ -63,6 +72,43 @@ def test_width_scales_in_multiples_of_eight(name: str, size: int) -> None:
     assert model(torch.randn(1, 1, size, size)).shape == (1, 10)
     stem = next(iter(MODELS[name]((1, size, size), 10, width=0.35, stem_stride=2).children()))
     assert stem.stride == (2, 2)
+
+
+REFERENCE = Path(__file__).parents[3] / "shared" / "real" / "models"
+FILES = {
+    "mlperf_tiny_kws": mlperf_kws,
+    "mlperf_tiny_vww": mlperf_vww,
+    "mlperf_tiny_ic": mlperf_ic,
+    "mlperf_tiny_ad": mlperf_ad,
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_reference_weights_load(name: str, batch_norm: bool) -> None:
+    file = REFERENCE / f"{name}{'_bn' if batch_norm else ''}.safetensors"
+    if not file.is_file():
+        pytest.skip("the reference weights are not here")
+    load_checkpoint_(FILES[name](batch_norm=batch_norm), file)
+
+
+def test_same_padding_is_uneven_at_the_end() -> None:
+    """As the reference: 49 frames, kernel 10, stride 2 want 9 more, of which 4 come first."""
+    layer = Conv(1, 1, (10, 4), stride=2, norm=False, relu=False)
+    with torch.no_grad():
+        layer.conv.weight.fill_(1)
+        layer.conv.bias.zero_()
+        found = layer(torch.ones(1, 1, 49, 10))[0, 0]
+    assert found.shape == (25, 5)
+    rows, columns = torch.tensor([6.0, 8, 10]), torch.tensor([3.0, 4, 4, 4, 3])
+    assert torch.equal(found[:3], rows[:, None] * columns)
+    assert torch.equal(found[-3:], torch.tensor([9.0, 7, 5])[:, None] * columns)
+
+
+def test_the_autoencoder_gives_back_its_input_shape() -> None:
+    model = mlperf_ad().eval()
+    assert sum(p.numel() for p in model.parameters()) == 265_864 + 2 * (8 * 128 + 8)
+    assert model(torch.randn(3, 640)).shape == (3, 640)
 
 
 def test_residuals_add_their_input() -> None:

@@ -99,40 +99,47 @@ def report(args: Namespace) -> Any:
 
 
 def export(args: Namespace) -> Any:
-    """Write a checkpoint of a recipe's model as a .tflite file and show what is in that."""
+    """Write a checkpoint of a recipe's model as a .tflite or .pte file and show what is in it."""
     from torchclust.cli.file_report import describe
-    from torchclust.export import to_tflite
+    from torchclust.export import to_pte, to_tflite
     from torchclust.recipes.checkpoint import load_checkpoint_
     from torchclust.recipes.load import load_recipe
     from torchclust.recipes.prepare import prepare
-    from torchclust.recipes.schema import ExportSection
+    from torchclust.recipes.schema import ExecuTorchSection, ExportSection
 
-    if not args.tflite.parent.is_dir():
+    if not args.output_file.parent.is_dir():
         raise InputError(
-            f"cannot write {args.tflite}: {args.tflite.parent} does not exist:  "
-            f"mkdir -p {args.tflite.parent}"
+            f"cannot write {args.output_file}: {args.output_file.parent} does not exist:  "
+            f"mkdir -p {args.output_file.parent}"
         )
+    is_program = args.output_file.suffix == ".pte"
+    if is_program and args.float:
+        raise InputError(f"{args.output_file} is a program for an int8 NPU: leave --float out")
     recipe = load_recipe(args.recipe, args.settings)
     task = prepare(recipe).task
     # A module's checkpoint is all of it, a model's is the network alone.
     load_checkpoint_(task.module if recipe.module else task.network(task.module), args.checkpoint)
     count = (recipe.export or ExportSection()).calibration_samples  # type: ignore[call-arg]
     inputs = task.inputs(task.module, count, recipe.seed)
-    example = tuple(column[:1] for column in inputs)
-    _say(args)(f"export {args.tflite} ...")
+    _say(args)(f"export {args.output_file} ...")
     network = task.network(task.module).eval()
-    to_tflite(network, example, args.tflite, calibration=[inputs], float=args.float)
-    described = describe(args.tflite)
+    given = (network, tuple(column[:1] for column in inputs), args.output_file)
+    if is_program:
+        section = recipe.executorch or ExecuTorchSection()  # type: ignore[call-arg]
+        done = to_pte(*given, calibration=[inputs], **section.options)
+        text, content = str(done), done.to_dict()
+    else:
+        to_tflite(*given, calibration=[inputs], float=args.float)
+        described = describe(args.output_file)
+        text, content = described.text, described.content
     if _tables(args):
-        print(described.text)
-    return described.content
+        print(text)
+    return content
 
 
 def vela(args: Namespace) -> Any:
     """Compile a .tflite file and show Vela's figures."""
-    import dataclasses
-
-    from torchclust.export import vela
+    from torchclust.export import CompiledFileError, vela
 
     try:
         report = vela(
@@ -142,11 +149,13 @@ def vela(args: Namespace) -> Any:
             memory_mode=args.memory_mode,
             output_dir=args.output,
         )
+    except CompiledFileError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(str(error)) from error
     if _tables(args):
         print(report)
-    return {**dataclasses.asdict(report), "path": str(report.path)}
+    return report.to_dict()
 
 
 def _tables(args: Namespace) -> bool:

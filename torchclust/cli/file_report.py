@@ -84,8 +84,20 @@ def skeleton(state: dict[str, Tensor]) -> nn.Module:
 
 
 def _describe_tflite(path: Path) -> FileReport:
-    from torchclust.export import inspect_tflite
+    from torchclust.export.compiled.verification import (
+        inspect_compiled,
+        is_compiled,
+        verify_compiled,
+    )
+    from torchclust.export.graph import read_graph
+    from torchclust.export.inspect import inspect_tflite
 
+    if is_compiled(read_graph(path.read_bytes())):
+        # Vela names its output after its input; `vela` writes it beside that, unless told where.
+        original = path.with_name(path.name.replace("_vela.tflite", ".tflite"))
+        beside = original != path and original.is_file()
+        compiled = verify_compiled(path, original) if beside else inspect_compiled(path)
+        return FileReport(str(compiled), compiled.to_dict())
     found = inspect_tflite(path)
     rows = [
         {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "scale_values"}

@@ -42,6 +42,8 @@ EXAMPLES = {
     "export": (
         "torchclust export recipes/mnist_cnn.yaml trained.ckpt trained.tflite",
         "torchclust export recipes/mnist_cnn.yaml trained.ckpt trained.tflite --float",
+        "torchclust export recipes/mnist_cnn.yaml trained.ckpt trained.pte "
+        "--set 'executorch={target: ethos-u85-256}'",
     ),
     "vela": (
         "torchclust vela runs/mnist_cnn/int8.tflite",
@@ -136,11 +138,11 @@ def parser() -> argparse.ArgumentParser:
     _file(report, "file", "a .tflite file, a checkpoint, or a packed model")
 
     export = _command(
-        all_commands, "export", commands.export, "write a checkpoint as a .tflite file"
+        all_commands, "export", commands.export, "write a checkpoint as a .tflite or .pte file"
     )
     _recipe_arguments(export)
     _file(export, "checkpoint", "state dict of the recipe's model, or a Lightning checkpoint")
-    _file(export, "tflite", "the file to write")
+    _file(export, "output_file", "the file to write: .tflite, or .pte (ExecuTorch for Ethos-U)")
     export.add_argument("--float", action="store_true", help="float32 instead of int8")
 
     vela = _command(all_commands, "vela", commands.vela, "compile a .tflite file for an Ethos-U")
@@ -251,13 +253,14 @@ def _exit_status(error: Exception) -> int | None:
         return 1
     if isinstance(error, ImportError):
         return None if (error.name or "").startswith("torchclust") else 2
-    from torchclust.export import ExportError, VelaError
+    from torchclust.export import CompiledFileError, ExportError, VelaError
     from torchclust.recipes.schema import RecipeError
     from torchclust.zoo.dataset import DataError
 
     if isinstance(error, RecipeError | DataError):
         return 2
-    return 1 if isinstance(error, ExportError | VelaError) else None
+    failures = (CompiledFileError, ExportError, VelaError)
+    return 1 if isinstance(error, failures) else None
 
 
 def _one_line(command: str, error: Exception) -> str:

@@ -4,7 +4,9 @@ For inputs x the squared output error of a weight row w replaced by q is quadrat
 inputs' second moment H as its matrix. Rounding column by column and spreading each column's error
 over those to come is Frantar et al., "GPTQ" (2022); coordinate descent then revisits every column
 with all others known, and never makes the error larger. Between its sweeps the codebook and the
-channel scales, on which the error depends quadratically too, are solved for.
+channel scales, on which the error depends quadratically too, are solved for. With a price on bits
+every choice weighs the error it adds against the bits of the index (Conzelmann and Bamler, "CERWU",
+2025), counted anew after every sweep.
 
 Everything here is float32 matrices, ``(d, rows)``: a weight's columns come first, so that the
 column at work is contiguous.
@@ -18,8 +20,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from torchclust.weight.bits import bits_of
+
 _SWEEPS = 8
 _CG_STEPS = 8
+_LEAST_WEIGHT = 1e-6  # of a row, that is: beside a mean of 1
 _COLUMNS = 64  # columns between two updates of all that follow
 
 
@@ -73,6 +78,17 @@ class Book:
         total, half = (self.scale[:, None] * table).sum(0), self.values.shape[1]
         return (total[half + 1 :] - total[:half].flip(0))[None]
 
+    def bits(self, indices: Tensor) -> Tensor:
+        """`(rows, k)` what each value's index costs, by how often `(d, rows)` indices name it."""
+        books = int(self.row_book.max()) + 1
+        counts = torch.zeros(books, self.table().shape[1], device=indices.device)
+        rows = torch.zeros(len(self.row_book), counts.shape[1], device=indices.device)
+        rows.scatter_add_(1, indices.T, torch.ones_like(indices.T, dtype=rows.dtype))
+        counts.index_add_(0, self.row_book, rows)
+        if self.scale is not None:  # as the codes are symmetric, so is what they cost
+            counts = (counts + counts.flip(1)) / 2
+        return bits_of(counts)[self.row_book]
+
     def sorted(self, indices: Tensor) -> tuple[Book, Tensor]:
         """Ascending again, with the indices that go with it."""
         values, order = self.values.sort(1)
@@ -94,7 +110,11 @@ class Book:
 
 
 def compensate(
-    targets: Sequence[Target], book: Book, zeros: Tensor | None = None
+    targets: Sequence[Target],
+    book: Book,
+    zeros: Tensor | None = None,
+    price: float = 0.0,
+    indices: Tensor | None = None,
 ) -> tuple[Book, Tensor]:
     """Choose indices, codebook and scales for the least output error.
 
@@ -102,22 +122,32 @@ def compensate(
         targets: one per convolution group, rows in order; a plain layer has one.
         book: where the codebook starts; int8 codes stay integers in 1..127.
         zeros: `(d, rows)` bool, weights that must stay zero, or None.
+        price: of a bit, in units of the error.
+        indices: `(d, rows)` of the codebook as it was fitted: what bits cost at first.
 
     Returns:
         The book, and `(d, rows)` int64 indices into the rows of its table.
     """
     parts = list(_parts(targets))
+    bits = None if indices is None or not price else price * book.bits(indices)
     indices = torch.cat(
-        [_feedback(t, book.table()[rows], _cut(zeros, rows)) for t, rows in parts], 1
+        [_feedback(t, book.table()[r], _cut(zeros, r), _cost(t, bits, r)) for t, r in parts], 1
     )
     best = (float("inf"), book, indices)
     for sweep in range(_SWEEPS + 1):
         table = book.table()
+        bits = price * book.bits(indices) if price else None
         indices = torch.cat(
-            [_descend(t, table[rows], indices[:, rows], _cut(zeros, rows)) for t, rows in parts],
+            [
+                _descend(t, table[r], indices[:, r], _cut(zeros, r), _cost(t, bits, r))
+                for t, r in parts
+            ],
             1,
         )
         error = sum(t.error(table[r].T.gather(0, indices[:, r])) for t, r in parts)
+        if price:
+            paid = book.bits(indices).T.gather(0, indices)
+            error += price * float(paid.sum(dtype=torch.float64))
         if error < best[0]:
             best = (error, book, indices)
         if sweep < _SWEEPS:
@@ -142,7 +172,14 @@ def _cut(zeros: Tensor | None, rows: slice) -> Tensor | None:
     return None if zeros is None else zeros[:, rows]
 
 
-def _feedback(target: Target, table: Tensor, zeros: Tensor | None) -> Tensor:
+def _cost(target: Target, bits: Tensor | None, rows: slice) -> Tensor | None:
+    """What the values' bits cost, relative to what a row's error counts."""
+    if bits is None:
+        return None
+    return bits[rows] / target.row_weight.clamp_min(_LEAST_WEIGHT)[:, None]
+
+
+def _feedback(target: Target, table: Tensor, zeros: Tensor | None, cost: Tensor | None) -> Tensor:
     """GPTQ: round the columns one by one; what is left of each goes to the columns after it.
 
     Columns with the largest inputs come first, while there are many left to make up for them.
@@ -153,22 +190,24 @@ def _feedback(target: Target, table: Tensor, zeros: Tensor | None) -> Tensor:
     w = torch.cholesky_solve(target.pull[order].double(), lower).float()
     spread = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
     indices = torch.empty(w.shape, dtype=torch.int64, device=w.device)
-    rounding = _Rounding(table)
+    rounding = _Rounding(table, cost)
     for start in range(0, len(w), _COLUMNS):
         stop = min(start + _COLUMNS, len(w))
         errors = torch.empty_like(w[start:stop])
         for j in range(start, stop):
             zero = None if zeros is None else zeros[order[j]]
-            indices[j] = rounding(w[j], zero)
+            indices[j] = rounding(w[j], zero, spread[j, j].square())
             errors[j - start] = (w[j] - rounding.value(indices[j])) / spread[j, j]
             w[j + 1 : stop] -= spread[j, j + 1 : stop, None] * errors[j - start]
         w[stop:] -= spread[start:stop, stop:].T @ errors
     return torch.empty_like(indices).index_copy_(0, order, indices)
 
 
-def _descend(target: Target, table: Tensor, indices: Tensor, zeros: Tensor | None) -> Tensor:
+def _descend(
+    target: Target, table: Tensor, indices: Tensor, zeros: Tensor | None, cost: Tensor | None
+) -> Tensor:
     """One sweep of coordinate descent: every column to its best codes, the others as they are."""
-    hessian, rounding = target.hessian, _Rounding(table)
+    hessian, rounding = target.hessian, _Rounding(table, cost)
     indices = indices.clone()
     q = table.T.gather(0, indices)
     slope = target.pull - hessian @ q
@@ -178,7 +217,7 @@ def _descend(target: Target, table: Tensor, indices: Tensor, zeros: Tensor | Non
         near, moves = slope[start:stop].clone(), torch.empty_like(q[start:stop])
         for j in range(start, stop):
             wanted = q[j] + near[j - start] * step[j]
-            indices[j] = rounding(wanted, None if zeros is None else zeros[j])
+            indices[j] = rounding(wanted, None if zeros is None else zeros[j], step[j])
             moves[j - start] = rounding.value(indices[j]) - q[j]
             near -= hessian[start:stop, j, None] * moves[j - start]
         slope -= hessian[:, start:stop] @ moves
@@ -186,15 +225,20 @@ def _descend(target: Target, table: Tensor, indices: Tensor, zeros: Tensor | Non
 
 
 class _Rounding:
-    """Nearest value of each row's table."""
+    """The best value of each row's table: the nearest, or that of the least error plus cost."""
 
-    def __init__(self, table: Tensor) -> None:
-        self.table = table.contiguous()
+    def __init__(self, table: Tensor, cost: Tensor | None) -> None:
+        self.table, self.cost = table.contiguous(), cost
         self.limits = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
         self.zero = self.table.abs().argmin(1)
 
-    def __call__(self, wanted: Tensor, zeros: Tensor | None) -> Tensor:
-        found = torch.searchsorted(self.limits, wanted.contiguous()[:, None])[:, 0]
+    def __call__(self, wanted: Tensor, zeros: Tensor | None, per_error: Tensor) -> Tensor:
+        """Indices for one column, whose squared distances are errors of ``1 / per_error`` each."""
+        if self.cost is None:
+            found = torch.searchsorted(self.limits, wanted.contiguous()[:, None])[:, 0]
+        else:
+            away = (wanted[:, None] - self.table).square()
+            found = (away + per_error * self.cost).argmin(1)
         return found if zeros is None else torch.where(zeros, self.zero, found)
 
     def value(self, indices: Tensor) -> Tensor:

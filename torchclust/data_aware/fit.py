@@ -25,12 +25,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchclust.data_aware.batches import calls
 from torchclust.data_aware.blocks import evaluating, find_blocks
-from torchclust.data_aware.compensation import Book, compensate
+from torchclust.data_aware.compensation import Book, Target, compensate
 from torchclust.data_aware.input_moments import InputMoments
 from torchclust.data_aware.layers import Layer, Side, inputs_of, layers_run, norms_behind, within
 from torchclust.fitting.worth import without_noise
 from torchclust.progress import track
-from torchclust.weight.parametrization import fit_weight, make_clustered_weight, relative_error
+from torchclust.weight.codebooks import relative_error
+from torchclust.weight.parametrization import fit_weight, make_clustered_weight
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,35 @@ def _fit_observed(
     tensors = _fit(layer, moments.by_column(columns, row_weight, weight), seed)
     book = _book(layer, tensors)
     zeros = (kept == 0) & (layer.config.preserve_sparsity | (weight != 0) | ~alive)
-    book, indices = compensate(targets, book, zeros.flatten(1).T)
+    zero = zeros.flatten(1).T
+    if layer.config.rate:
+        price, start = _price(targets, layer), _fitted_indices(layer, tensors)
+        book, indices = compensate(targets, book, zero, price, start.flatten(1).T)
+    else:
+        book, indices = compensate(targets, book, zero)
     tensors = _with_book(layer, tensors, book, indices.T.contiguous().view(weight.shape))
     layer.weight.data = weight.clone()
     tensors = _write(layer, tensors)
     if absorbs:
         _absorb(layer.module, norm, moments, weight)
     return tensors
+
+
+def _price(targets: Sequence[Target], layer: Layer) -> float:
+    """Of a bit, from the rate: what the layer's output varies by with its weight, per weight."""
+    power, start = 0.0, 0
+    rows = layer.weight.detach().float().flatten(1)
+    for target in targets:
+        part = rows[start : start + len(target.row_weight)]
+        by_row = part.square() @ target.hessian.diagonal()
+        power += float((by_row * target.row_weight).sum(dtype=torch.float64))
+        start += len(part)
+    return layer.config.rate * power / rows.numel()
+
+
+def _fitted_indices(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
+    fitted = make_clustered_weight(layer.config, tensors, channel_dim=layer.channel_dim)
+    return fitted.indices_of(tensors["original"]).long()
 
 
 def _absorb(
@@ -192,6 +215,8 @@ def _with_book(
         found["indices"] = indices.to(torch.uint8)
     else:
         found["original"] = _into_cells(layer.weight, book.table(), indices)
+        if "price_share" in found:  # until training charges them, weights stay in these cells
+            found["price_share"] = torch.zeros_like(found["price_share"])
     return found
 
 

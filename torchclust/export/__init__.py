@@ -21,16 +21,31 @@ Example:
 """
 
 from torchclust.export.backends import ExportError
+from torchclust.export.compiled import (
+    CompiledFileError,
+    CompiledInspection,
+    CompiledRow,
+    NotVerifiedError,
+    verify_compiled,
+)
+from torchclust.export.executorch.program import PTEExport, to_pte
 from torchclust.export.inspect import Inspection, Port, WeightRow, inspect_tflite
 from torchclust.export.tflite import OperatorRow, TFLiteExport, to_tflite
-from torchclust.export.vela import CpuOperator, VelaError, VelaLayer, VelaReport, vela
+from torchclust.export.vela import VelaError, vela
+from torchclust.export.vela_log import CpuOperator
+from torchclust.export.vela_report import VelaLayer, VelaReport
 from torchclust.export.verify import TensorRow
 
 __all__ = [
+    "CompiledFileError",
+    "CompiledInspection",
+    "CompiledRow",
     "CpuOperator",
     "ExportError",
     "Inspection",
+    "NotVerifiedError",
     "OperatorRow",
+    "PTEExport",
     "Port",
     "TFLiteExport",
     "TensorRow",
@@ -39,6 +54,8 @@ __all__ = [
     "VelaReport",
     "WeightRow",
     "inspect_tflite",
+    "to_pte",
     "to_tflite",
     "vela",
+    "verify_compiled",
 ]

@@ -66,6 +66,11 @@ def schema() -> Any:
     return _load("ai_edge_litert.schema_py_generated")
 
 
+def micro() -> Any:
+    """tflite-micro's interpreter."""
+    return _load("tflite_micro.python.tflite_micro.runtime")
+
+
 def flatbuffers() -> Any:
     """The flatbuffers package, which the schema is written against."""
     return _load("flatbuffers")

@@ -6,8 +6,10 @@ histogram that widens as they come, so one pass over any iterable is enough and 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from torchclust.export.graph import Graph
 from torchclust.export.runner import Runner
+from torchclust.progress import track
 
 Array: TypeAlias = npt.NDArray[Any]
 Sample: TypeAlias = tuple[Tensor, ...]
@@ -26,8 +29,34 @@ Ranges: TypeAlias = Literal["minmax", "percentile", "mse"]
 
 RANGES = ("minmax", "percentile", "mse")
 _BINS = 2048
+_LEAST_RANGE = 1e-9  # what the quantizer itself takes for none
 _OUTLIERS = 1e-4  # "percentile" leaves out this share of the values, on each side
 _CLIPPINGS = 64  # how many clipping points "mse" tries on each side
+
+
+def check(calibration: object, call: str) -> None:
+    """Refuse what is no calibration data; ``call`` is the line that the user meant to type."""
+    if calibration is None:
+        raise ValueError(f"an int8 file needs calibration data, got None:  {call}")
+    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable | Sized):
+        raise TypeError(
+            "calibration must be an iterable of batches, such as a list or a DataLoader, got "
+            f"{type(calibration).__name__}. A single batch goes into a list:  calibration=[batch]"
+        )
+
+
+def draw(
+    calibration: Iterable[Any], example: Sequence[Tensor], keys: tuple[str, ...] | None
+) -> Iterable[Sample]:
+    """`samples` with a progress bar; the first is drawn at once, before any long work."""
+    drawn = samples(track(calibration, "Calibrating"), example, keys)
+    first = next(drawn, None)
+    if first is None:
+        raise ValueError(
+            "calibration is empty. An iterator that was read before gives nothing any more; pass "
+            "a list or a DataLoader"
+        )
+    return itertools.chain([first], drawn)
 
 
 def samples(
@@ -80,6 +109,25 @@ def observe(
         for index, histogram in histograms.items():
             histogram.add(run.tensor(index), count=method != "minmax")
     return {graph.tensors[i].name: h.range(method) for i, h in histograms.items()}
+
+
+def widen_dead(observed: Mapping[str, Range], graph: Graph) -> dict[str, Range]:
+    """Ranges in which a tensor that was always zero has a usable one, [-1, 1].
+
+    A recurrent state that starts at zero and a dead ReLU have none of their own; the quantizer
+    would give them a step of 4e-12, and every bias behind them would saturate.
+    """
+    dead = [name for name, range_ in observed.items() if max(map(abs, range_)) < _LEAST_RANGE]
+    if dead:
+        inputs = [t.name for t in graph.inputs if t.name in dead]
+        which = f"input {inputs[0]!r}" if inputs else repr(dead[0])
+        warnings.warn(
+            f"{len(dead)} of the model's tensors are zero for all calibration data, {which} the "
+            f"first; they get the range [-1, 1]. Calibrate on data that fill them, such as the "
+            f"states of a recurrent network after some steps, or remove a dead branch",
+            stacklevel=3,
+        )
+    return {**observed, **dict.fromkeys(dead, (-1.0, 1.0))}
 
 
 def activations(graph: Graph) -> list[int]:

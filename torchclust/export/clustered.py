@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from torchclust.export.codes import (
     quantize_codebook,
     recover,
 )
-from torchclust.export.graph import Graph, Weight
 from torchclust.export.layout import Prepared
 from torchclust.model.clustering import Clustering, named_clusterings
 
@@ -30,11 +30,22 @@ _FEW = 3  # values that an ordinary parameter may hold too: zeros, ones, a sign
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-@dataclass(frozen=True, eq=False)
-class Placed:
-    """A clustered parameter and the weight of the file that the converter made of it."""
+class HasMatrix(Protocol):
+    """A weight as a converter holds it: ``matrix`` is (output channels, spatial..., inputs)."""
 
-    weight: Weight
+    @property
+    def matrix(self) -> Array:
+        """The values, two-dimensional."""
+
+
+WeightT = TypeVar("WeightT", bound=HasMatrix)
+
+
+@dataclass(frozen=True, eq=False)
+class Placed(Generic[WeightT]):
+    """A clustered parameter and the weight that the converter made of it."""
+
+    weight: WeightT
     matched: Matched
 
 
@@ -55,11 +66,13 @@ def trained_codes(model: nn.Module, prepared: Prepared) -> list[Trained]:
     return [_with_columns(t, prepared.columns.get(t.name)) for t in found if t is not None]
 
 
-def find_clustered(graph: Graph, trained: Sequence[Trained], used: frozenset[str]) -> list[Placed]:
-    """Find every clustered parameter among the file's weights, by value.
+def find_clustered(
+    weights: Iterable[WeightT], trained: Sequence[Trained], used: frozenset[str]
+) -> list[Placed[WeightT]]:
+    """Find every clustered parameter among the converted model's weights, by value.
 
     Args:
-        graph: the float file.
+        weights: all weights of the float file or graph, BatchNorm folded.
         trained: the clustered parameters.
         used: names of the parameters that the model's graph reads; others need not be found.
 
@@ -67,17 +80,19 @@ def find_clustered(graph: Graph, trained: Sequence[Trained], used: frozenset[str
         ExportError: a parameter that the model uses is in no weight of the file, or would have
             more codes than clusters there.
     """
-    found: list[Placed] = []
-    for weight in graph.weights():
+    found: list[Placed[WeightT]] = []
+    weights = list(weights)
+    for weight in weights:
         unclaimed_first = sorted(trained, key=lambda t: _is_placed(found, t))
         matches = (match(weight.matrix, t) for t in unclaimed_first)
         matched = next((m for m in matches if m is not None), None)
         if matched is not None:
             _check_count(matched)
             found.append(Placed(weight, _without_trifles(matched)))
+    left = {w.matrix.size for w in weights if all(p.weight is not w for p in found)}
     for t in trained:
         if t.name in used and not _is_placed(found, t):
-            _report_unplaced(t)
+            _report_unplaced(t, left)
     return found
 
 
@@ -124,12 +139,19 @@ def _with_columns(trained: Trained, columns: Tensor | None) -> Trained:
     )
 
 
-def _is_placed(found: Sequence[Placed], trained: Trained) -> bool:
+def _is_placed(found: Sequence[Placed[WeightT]], trained: Trained) -> bool:
     return any(placed.matched.trained is trained for placed in found)
 
 
-def _report_unplaced(trained: Trained) -> None:
+def _report_unplaced(trained: Trained, sizes_left: set[int]) -> None:
     """An error for a tensor that is clustered; what only looks so (a constant) may well be none."""
+    if not any(trained.weight.size % size == 0 for size in sizes_left):
+        warnings.warn(
+            f"{trained.name!r} is not in the file: what it computes reaches no output, or is "
+            f"multiplied by zero, as by the BatchNorm of a branch that was never trained",
+            stacklevel=4,
+        )
+        return
     lost = (
         f"no weight of the converted file is {trained.name!r} {trained.weight.shape} up to a "
         f"factor per channel, so its codes cannot be kept"

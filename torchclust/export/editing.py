@@ -35,6 +35,17 @@ class Editing:
             operator.builtinOptions = options
         self.operators.append(operator)
 
+    def become_convolution(self, operator: Any) -> None:
+        """Make a depthwise convolution's operator an ordinary one's, with the same options."""
+        given, options = operator.builtinOptions, self.schema.Conv2DOptionsT()
+        for field in ("padding", "strideH", "strideW", "fusedActivationFunction"):
+            setattr(options, field, getattr(given, field))
+        options.dilationHFactor = given.dilationHFactor
+        options.dilationWFactor = given.dilationWFactor
+        operator.opcodeIndex = self._opcode("CONV_2D")
+        operator.builtinOptionsType = self.schema.BuiltinOptions.Conv2DOptions
+        operator.builtinOptions = options
+
     def kind(self, operator: Any) -> str:
         """An operator's name, such as ``"CONV_2D"``."""
         known = self.model.operatorCodes[operator.opcodeIndex]

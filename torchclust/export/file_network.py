@@ -1,4 +1,4 @@
-"""A .tflite file in the place of the network that it was made from.
+"""A file in the place of the network that it was made from.
 
 In: what that network is called with, a batch. Out: what it would have returned, computed sample by
 sample by the file. So whatever judges the network judges its file.
@@ -6,7 +6,7 @@ sample by the file. So whatever judges the network judges its file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,24 +21,22 @@ from torchclust.export.tflite import TFLiteExport
 class FileNetwork:
     """Calls a file as the network that it was made from is called.
 
-    On one thread of LiteRT's fast kernels: the reference kernels, which equal the
-    microcontroller's to the bit, take minutes for 10,000 images, and single small images gain
-    nothing from more threads.
-
     Args:
-        export: what `to_tflite` returned.
-        network: what it was given; says in which structure outputs come.
+        run: runs the file on one sample in its own layout, an array or tensor for each output.
+        channels_last: per input, and per output, whether the file's has its channels last.
+        network: the network; says in which structure outputs come.
         inputs: a few samples, one tensor per input.
     """
 
-    def __init__(self, export: TFLiteExport, network: nn.Module, inputs: Sequence[Tensor]) -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # where Runner takes its number from
-        try:
-            self._run = Runner(export.path.read_bytes(), reference=False)
-        finally:
-            torch.set_num_threads(threads)
-        self._moved_inputs, self._moved_outputs = export.channels_last
+    def __init__(
+        self,
+        run: Callable[[tuple[Tensor, ...]], Sequence[Any]],
+        channels_last: tuple[tuple[bool, ...], tuple[bool, ...]],
+        network: nn.Module,
+        inputs: Sequence[Tensor],
+    ) -> None:
+        self._run = run
+        self._moved_inputs, self._moved_outputs = channels_last
         was_training = network.training
         with torch.no_grad():
             outputs = network.eval()(*(value[:1] for value in inputs))
@@ -53,7 +51,7 @@ class FileNetwork:
             for x, m in zip(inputs, moved, strict=True)
         ]
         rows = [self._run(row) for row in zip(*(x.split(1) for x in columns), strict=True)]
-        outputs = [torch.cat([torch.from_numpy(y) for y in ys]) for ys in zip(*rows, strict=True)]
+        outputs = [torch.cat([torch.as_tensor(y) for y in ys]) for ys in zip(*rows, strict=True)]
         found = iter(zip(outputs, self._moved_outputs, strict=True))
         leaves = [
             self._like(leaf, *next(found), inputs[0].device) if isinstance(leaf, Tensor) else leaf
@@ -64,3 +62,19 @@ class FileNetwork:
     def _like(self, leaf: Tensor, output: Tensor, moved: bool, device: torch.device) -> Tensor:
         placed = channels_first(output) if moved else output
         return placed.to(device, leaf.dtype)
+
+
+def of_tflite(export: TFLiteExport, network: nn.Module, inputs: Sequence[Tensor]) -> FileNetwork:
+    """Put a .tflite file in its network's place.
+
+    On one thread of LiteRT's fast kernels: the reference kernels, which equal the
+    microcontroller's to the bit, take minutes for 10,000 images, and single small images gain
+    nothing from more threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # where Runner takes its number from
+    try:
+        run = Runner(export.path.read_bytes(), reference=False)
+    finally:
+        torch.set_num_threads(threads)
+    return FileNetwork(run, export.channels_last, network, inputs)

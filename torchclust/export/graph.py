@@ -57,6 +57,16 @@ class Tensor:
     scales: Array
     zero_points: Array
 
+    def same(self, other: Tensor) -> bool:
+        """Whether the other, maybe of another file, is a constant of the same values and scales."""
+        return (
+            self.data is not None
+            and other.data is not None
+            and self.dtype == other.dtype
+            and np.array_equal(self.data, other.data)
+            and np.array_equal(self.scales, other.scales)
+        )
+
 
 @dataclass(frozen=True)
 class Operator:

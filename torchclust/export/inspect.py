@@ -63,6 +63,7 @@ class Inspection:
         rows: one `WeightRow` per weight tensor, in file order.
         operators: how many of each operator.
         inputs, outputs: `Port` by `Port`.
+        made_by: each operator's name by that of its output.
         float_operators: operators that compute in float though the file's inputs are quantized; an
             int8 accelerator leaves them to the CPU.
     """
@@ -74,6 +75,7 @@ class Inspection:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     float_operators: tuple[str, ...]
+    made_by: dict[str, str] = field(repr=False, compare=False)
 
     def __iter__(self) -> Iterator[WeightRow]:
         return iter(self.rows)
@@ -128,6 +130,7 @@ def inspect_tflite(path: str | os.PathLike[str]) -> Inspection:
         inputs=tuple(port(t) for t in graph.inputs),
         outputs=tuple(port(t) for t in graph.outputs),
         float_operators=tuple(graph.operators[i].name for i in float_operators(graph)),
+        made_by={graph.tensors[i].name: o.name for o in graph.operators for i in o.outputs},
     )
 
 

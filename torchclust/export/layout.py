@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from torchclust.export.backends import ExportError, first_line, quietly
+from torchclust.export.names import input_names, output_names
 from torchclust.export.rewrites import rewrite
 from torchclust.export.rewrites.traced import Traced, operator
 from torchclust.model.cluster import strip_
@@ -45,8 +46,12 @@ class Deployed(nn.Module):
         args = [
             channels_first(x) if moved else x for x, moved in zip(inputs, self.moved, strict=True)
         ]
-        outputs = self.traced.run(args)
-        return tuple(channels_last(y) if self.last and y.ndim == 4 else y for y in outputs)
+        return self.moved_out(self.traced.run(args))
+
+    def moved_out(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Outputs in the file's layout: maps, and sequences of a 1-D layer, with channels last."""
+        wanted = zip(outputs, self.traced.maps_out(), strict=True)
+        return tuple(channels_last(y) if self.last and is_map else y for y, is_map in wanted)
 
     @torch.no_grad()
     def moved_outputs(self, example: Sequence[Tensor]) -> tuple[bool, ...]:
@@ -61,6 +66,7 @@ class Prepared:
     ``module``: to convert. ``example``: its inputs, batch 1, in the file's layout. ``original``:
     the stripped float32 copy in the user's layout. ``columns``: per parameter name, the order in
     which its columns stand in the converted module. ``used``: parameters that the graph reads.
+    ``names``: the inputs', and the outputs'.
     """
 
     module: Deployed
@@ -68,6 +74,7 @@ class Prepared:
     original: nn.Module
     columns: dict[str, Tensor]
     used: frozenset[str]
+    names: tuple[tuple[str, ...], tuple[str, ...]]
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
@@ -87,9 +94,7 @@ class Prepared:
     @torch.no_grad()
     def reference(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The float model's outputs for one sample, in the file's layout."""
-        outputs = call(self.original, self.module.keys, inputs)
-        last = self.module.last
-        return tuple(channels_last(y) if last and y.ndim == 4 else y for y in outputs)
+        return self.module.moved_out(call(self.original, self.module.keys, inputs))
 
 
 def prepare(model: nn.Module, example: Inputs, *, last: bool, float_file: bool = False) -> Prepared:
@@ -104,13 +109,15 @@ def prepare(model: nn.Module, example: Inputs, *, last: bool, float_file: bool =
     keys, args = named_inputs(example)
     args = _batch_of_one(args)
     program = _trace(plain, keys, args)
-    names = tuple(str(name) for name in program.graph_signature.user_inputs)
+    _check_outputs(program)
+    names = input_names(program)
     moved = tuple(last and _is_map(program, n, x) for n, x in zip(names, args, strict=True))
     traced = Traced(plain, program, dict(zip(names, moved, strict=True)))
     rewrite(traced, float_file=float_file)
     module = Deployed(traced, keys, moved, last).eval()
     example_inputs = tuple(channels_last(x) if m else x for x, m in zip(args, moved, strict=True))
-    return Prepared(module, example_inputs, plain, traced.columns, _used(program))
+    ends = input_names(program), output_names(program)
+    return Prepared(module, example_inputs, plain, traced.columns, _used(program), ends)
 
 
 def named_inputs(inputs: Inputs) -> tuple[tuple[str, ...] | None, tuple[Tensor, ...]]:
@@ -140,7 +147,9 @@ def call(
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """(N, C, ...) as (N, ..., C)."""
+    """(N, C, ...) as (N, ..., C); a sequence by way of (N, C, 1, L), as `channels_first`."""
+    if x.ndim == 3:
+        return x.unsqueeze(2).permute(0, 2, 3, 1).squeeze(1).contiguous()
     return x.permute(0, *range(2, x.ndim), 1).contiguous()
 
 
@@ -210,6 +219,19 @@ def _trace(
             f"{type(model).__name__} cannot be traced on inputs of shape {shapes}: "
             f"{first_line(error)}\nTry it alone:  torch.export.export(model.eval(), inputs)"
         ) from error
+
+
+def _check_outputs(program: torch.export.ExportedProgram) -> None:
+    """Refuse outputs of integers: no file of int8 values holds them."""
+    (returned,) = (node for node in program.graph.nodes if node.op == "output")
+    for number, node in enumerate(returned.args[0]):
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        if isinstance(value, Tensor) and not value.is_floating_point() and node.op != "placeholder":
+            raise ExportError(
+                f"output {number} holds {value.dtype} made by {operator(node) or node.name!r}, "
+                f"which stays outside an int8 file: return what goes into it, and compute it from "
+                f"the file's codes, whose order is that of the values:  codes.argmax(-1)"
+            )
 
 
 def _is_map(program: torch.export.ExportedProgram, name: str, x: Tensor) -> bool:

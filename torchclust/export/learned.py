@@ -8,7 +8,7 @@ than torch (the halves of a SiLU) is found nowhere; its range is that of the cal
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Learned:
 
 
 @dataclass(frozen=True, eq=False)
-class _Value:
+class LearnedValue:
     """A value that training rounds, sorted, with its range."""
 
     sorted: Array
@@ -59,27 +59,51 @@ def find_learned(
         content, graph: the float file and its parsed form.
         sample: one calibration sample, in the model's layout.
     """
-    values = list(_values(model, prepared, sample))
+    values = learned_values(model, prepared, sample)
     if not values:
         return None
     run = Runner(content, keep_all=True, reference=False)
     run(prepared.to_file_layout(sample))
     made_by = {i: operator.name for operator in graph.operators for i in operator.outputs}
+    tensors = ((graph.tensors[i].name, run.tensor(i), i) for i in activations(graph))
+    return match_learned(
+        values, ((name, value, made_by.get(i) in _DERIVED) for name, value, i in tensors)
+    )
+
+
+def match_learned(
+    values: Sequence[LearnedValue], tensors: Iterable[tuple[str, Array, bool]]
+) -> Learned:
+    """Give each tensor the range of the value that holds the same numbers.
+
+    Args:
+        values: what training rounds, computed on one sample.
+        tensors: names of a graph's tensors, their values on the same sample, and whether a missing
+            range needs no mention, as the operator's output follows from its input's.
+    """
     ranges, missed, claimed = {}, [], set[int]()
-    for index in activations(graph):
-        name = graph.tensors[index].name
-        found = [v for v in values if _same(v.sorted, np.sort(run.tensor(index), axis=None))]
+    for name, tensor, derived in tensors:
+        found = [v for v in values if _same(v.sorted, np.sort(tensor, axis=None))]
         # Of equal ones (two branches that both give zeros) each is taken in its turn.
         value = next((v for v in found if id(v) not in claimed), found[0] if found else None)
         if value is not None:
             claimed.add(id(value))
             ranges[name] = value.range
-        elif made_by.get(index) not in _DERIVED:
+        elif not derived:
             missed.append(name)
     return Learned(ranges, tuple(missed))
 
 
-def _values(model: nn.Module, prepared: Prepared, sample: Sequence[Tensor]) -> Iterator[_Value]:
+def learned_values(
+    model: nn.Module, prepared: Prepared, sample: Sequence[Tensor]
+) -> list[LearnedValue]:
+    """What the model rounds in training, computed in float on a sample; empty if nothing is."""
+    return list(_values(model, prepared, sample))
+
+
+def _values(
+    model: nn.Module, prepared: Prepared, sample: Sequence[Tensor]
+) -> Iterator[LearnedValue]:
     """Everything that the model's quantized modules round or carry on, computed in float."""
     for path, root in quantized_modules(model):
         plain = prepared.original.get_submodule(path)
@@ -88,7 +112,7 @@ def _values(model: nn.Module, prepared: Prepared, sample: Sequence[Tensor]) -> I
             for group, range_ in zip(groups_of(root), ranges_of(root), strict=True):
                 for key in (*group.quantized, *group.carried):
                     if key in values:
-                        yield _Value(np.sort(values[key].numpy(), axis=None), range_)
+                        yield LearnedValue(np.sort(values[key].numpy(), axis=None), range_)
 
 
 def _calls(

@@ -16,6 +16,8 @@ import numpy as np
 from torchclust.export.container import pack, unpack
 from torchclust.export.editing import Editing
 
+_MOST_STRIDE = 3  # of a depthwise convolution on an Ethos-U
+
 
 def convolutions_for_linears(content: bytes) -> bytes:
     """The float file with a CONV_2D for every FULLY_CONNECTED of constant weights.
@@ -25,8 +27,29 @@ def convolutions_for_linears(content: bytes) -> bytes:
     """
     model = unpack(content)
     for subgraph in model.subgraphs:
+        _undo_depthwise(Editing(model, subgraph))
         _Rewriting(model, subgraph).run()
     return pack(model, len(content))
+
+
+def _undo_depthwise(editing: Editing) -> None:
+    """A CONV_2D for a DEPTHWISE_CONV_2D of one channel at a stride that only a CONV_2D may have.
+
+    The converter makes a depthwise convolution of every one of a single input channel. The
+    accelerator takes those with strides up to 3; the sums are the same.
+    """
+    for operator in editing.subgraph.operators:
+        options = operator.builtinOptions
+        if editing.kind(operator) != "DEPTHWISE_CONV_2D":
+            continue
+        weights = editing.values(int(operator.inputs[1]))
+        one = editing.shape(int(operator.inputs[0]))[3] == 1
+        if weights is None or not one or max(options.strideH, options.strideW) <= _MOST_STRIDE:
+            continue
+        moved = np.ascontiguousarray(weights.transpose(3, 1, 2, 0))
+        name = editing.name(int(operator.inputs[1]))
+        operator.inputs = [operator.inputs[0], editing.constant(moved, name), *operator.inputs[2:]]
+        editing.become_convolution(operator)
 
 
 class _Rewriting(Editing):

@@ -10,9 +10,10 @@ from torchclust.export import backends
 from torchclust.export.backends import ExportError
 from torchclust.export.calibration import Range
 from torchclust.export.clustered import Placed
-from torchclust.export.codes import LARGEST
+from torchclust.export.codes import LARGEST, Matched
 from torchclust.export.container import inline_buffers
-from torchclust.export.graph import Array, Graph, Operator
+from torchclust.export.graph import Array, Graph, Operator, Weight
+from torchclust.export.sandwiches import without_sandwiches
 
 # Biases are int32 in units of input scale x weight scale, and the accumulator shares the range.
 _BIAS_LIMIT = 2.0**30
@@ -23,7 +24,10 @@ _PER_TENSOR = ("GATHER", "BATCH_MATMUL")
 
 
 def quantize(
-    content: bytearray, graph: Graph, placed: Sequence[Placed], observed: Mapping[str, Range]
+    content: bytearray,
+    graph: Graph,
+    placed: Sequence[Placed[Weight]],
+    observed: Mapping[str, Range],
 ) -> bytes:
     """Quantize a float file: int8 weights per channel, int8 activations, int8 in and out.
 
@@ -59,11 +63,11 @@ def quantize(
         raise ExportError(
             f"the quantizer cannot quantize this model: {backends.first_line(error)}"
         ) from error
-    return inline_buffers(bytes(result.quantized_model))
+    return without_sandwiches(inline_buffers(bytes(result.quantized_model)))
 
 
 def _set_weights(
-    graph: Graph, placed: Sequence[Placed], observed: Mapping[str, Range]
+    graph: Graph, placed: Sequence[Placed[Weight]], observed: Mapping[str, Range]
 ) -> dict[int, Array]:
     """Choose every weight's scales and write clustered weights as exact multiples of them.
 
@@ -76,8 +80,9 @@ def _set_weights(
         if weight.tensor.dtype != "float32" or weight.operator.name in _PER_TENSOR:
             continue
         matched = clustered.get(weight.tensor.index)
-        own = np.abs(weight.matrix).max(axis=1) / LARGEST if matched is None else matched.scales
-        scale = own
+        scale = np.abs(weight.matrix).max(axis=1) / LARGEST if matched is None else matched.scales
+        if weight.operator.name == "EMBEDDING_LOOKUP":
+            scale = _table_scale(weight, matched, scale)
         for operator in graph.users(weight.tensor):
             scale = np.maximum(scale, _least_scale(graph, operator, observed))
         scale = scale.astype(np.float32)
@@ -87,16 +92,31 @@ def _set_weights(
     return scales
 
 
+def _table_scale(weight: Weight, matched: Matched | None, scale: Array) -> Array:
+    """One scale for all rows of a table, where its codes allow it: tflite-micro reads only one."""
+    if matched is None:
+        return np.full_like(scale, scale.max())
+    if matched.trained.symmetric or len(np.unique(matched.groups)) > 1:
+        return scale
+    codes = matched.codes.astype(np.float64)
+    return np.full_like(scale, (weight.matrix * codes).sum() / max(1.0, np.square(codes).sum()))
+
+
 def _least_scale(graph: Graph, operator: Operator, observed: Mapping[str, Range]) -> Array:
+    return least_scale(
+        graph.bias(operator),
+        _step(observed.get(graph.activation(operator).name)),
+        _step(observed.get(graph.tensors[operator.outputs[0]].name)),
+    )
+
+
+def least_scale(bias: Array | None, step_in: float, step_out: float) -> Array:
     """The smallest scale per channel that keeps bias and rescaling inside 32 bits.
 
     The bias is stored in units of input scale x weight scale, and the result is rescaled by
     input scale x weight scale / output scale; a scale far below both overflows the one and
     underflows the other, and what such a channel adds to its bias is far below one step anyway.
     """
-    step_in = _step(observed.get(graph.activation(operator).name))
-    step_out = _step(observed.get(graph.tensors[operator.outputs[0]].name))
-    bias = graph.bias(operator)
     largest = np.zeros(1) if bias is None else np.abs(bias.reshape(-1))
     least = np.maximum(largest, step_out) / (step_in * _BIAS_LIMIT) if step_in else 0.0
     return np.maximum(least, _LEAST_SCALE)

@@ -58,10 +58,19 @@ class Runner:
         self._interpreter.invoke()
         return [_dequantized(self._interpreter.get_tensor(d["index"]), d) for d in self._outputs]
 
+    def given(self) -> list[Array]:
+        """The inputs of the last run, as the file takes them."""
+        return [self._interpreter.get_tensor(d["index"]) for d in self._inputs]
+
     def tensor(self, index: int) -> Array:
         """The tensor of that index after a run, with ``keep_all``."""
         values: Array = self._interpreter.get_tensor(index)
         return values
+
+    def values(self, index: int) -> Array:
+        """The same in float, of a quantized tensor too."""
+        detail = next(d for d in self._interpreter.get_tensor_details() if d["index"] == index)
+        return _dequantized(self.tensor(index), detail)
 
 
 def _quantized(x: Array, detail: Mapping[str, Any]) -> Array:

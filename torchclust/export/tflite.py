@@ -13,8 +13,7 @@ from __future__ import annotations
 import builtins
 import itertools
 import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,19 @@ from torchclust.export import backends, layout
 from torchclust.export import calibration as calibrating
 from torchclust.export.backends import ExportError
 from torchclust.export.clustered import Placed, find_clustered, trained_codes
-from torchclust.export.graph import Graph, read_graph
+from torchclust.export.faithful import check_float
+from torchclust.export.graph import Graph, Weight, read_graph
 from torchclust.export.inspect import Port, count_operators, float_operators, port
 from torchclust.export.learned import find_learned
+from torchclust.export.micro import micro_difference
+from torchclust.export.names import with_names
+from torchclust.export.noise import warn_if_noisy
 from torchclust.export.pointwise import convolutions_for_linears
 from torchclust.export.quantize import quantize
+from torchclust.export.runner import Runner
 from torchclust.export.transposes import without_transposes
-from torchclust.export.verify import Agreement, Comparison, TensorRow, check_codes
-from torchclust.progress import track
+from torchclust.export.verify import Agreement, Comparison, TensorRow, check_codes, most_samples
+from torchclust.export.whole_file import check_folder, write_whole
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,12 @@ class TFLiteExport:
             of the worst output; None if nothing was compared.
         top1_agreement: share of samples, 0..1, on which file and float model agree on the largest
             of the first output's values; None unless it is (1, classes).
-        compared_samples: how many calibration samples stand behind these two; the file ran on
-            LiteRT's reference kernels.
+        compared_samples: how many samples stand behind these two, on LiteRT's reference kernels:
+            every eighth of the calibration data, held out of it; the first ones where there are
+            fewer than eight.
+        micro_difference: the largest difference in codes between tflite-micro's and these kernels'
+            answers, over every operator on one sample: 0 means equal to the bit. None if the
+            package is not installed or cannot run the file.
         calibration_samples: how many inputs the activation ranges were observed on.
         calibrated: names of the tensors whose range was so observed although the model learned
             ranges (`torchclust.activations`): what the converter computes in other steps than
@@ -76,6 +84,7 @@ class TFLiteExport:
     sqnr_db: builtins.float | None
     top1_agreement: builtins.float | None
     compared_samples: int
+    micro_difference: int | None
     calibration_samples: int
     calibrated: tuple[str, ...] | None
     operators: dict[str, int]
@@ -122,19 +131,25 @@ def to_tflite(
         A `TFLiteExport`, measured on the file as written.
 
     Raises:
-        ExportError: the converter cannot take the model; a clustered tensor would get more than
-            ``n_clusters`` codes; the message names the layer and the remedy.
+        ExportError: the converter cannot take the model, or makes another function of it; a
+            clustered tensor would get more than ``n_clusters`` codes; the message names the layer
+            and the remedy.
         ValueError, TypeError: calibration data that is empty, holds NaN, or does not fit.
         ImportError: the export extra is not installed.
+
+    Warns:
+        UserWarning: the file's outputs are mostly noise, with the layer where they become it; the
+            calibration data leave a tensor at zero.
     """
     _check_arguments(Path(path), calibration, float, ranges)
     prepared = layout.prepare(model, example_inputs, last=channels_last, float_file=float)
-    samples = _samples(calibration, prepared)
+    first, samples = _samples(calibration, prepared)
     converted = without_transposes(_convert(prepared))
     content = bytearray(converted if float else convolutions_for_linears(converted))
-    graph = read_graph(content)
-    placed = find_clustered(graph, trained_codes(model, prepared), prepared.used)
-    comparison = Comparison(prepared, graph)
+    float_file, graph = bytes(content), read_graph(content)
+    check_float(prepared, float_file, graph, first)
+    placed = find_clustered(graph.weights(), trained_codes(model, prepared), prepared.used)
+    comparison = Comparison(prepared, most_samples(graph))
     inputs = calibrating.Counted(comparison.collect(samples))
     learned = None
     if float:
@@ -142,54 +157,47 @@ def to_tflite(
         for _ in inputs:
             pass
     else:
-        observed = calibrating.observe(bytes(content), graph, inputs, ranges)
-        learned = find_learned(model, prepared, bytes(content), graph, comparison.first)
+        observed = calibrating.observe(float_file, graph, inputs, ranges)
+        learned = find_learned(model, prepared, float_file, graph, first)
         if learned is not None:
             observed |= learned.ranges
+        observed = calibrating.widen_dead(observed, graph)
         content = bytearray(quantize(content, graph, placed, observed))
-        graph = read_graph(content)
-        rows = check_codes(graph, placed)
-    agreement = comparison.run(bytes(content))
-    _write(Path(path), content)
+        graphs = graph, read_graph(content)
+        rows, graph = check_codes(graphs[1], placed), graphs[1]
+    agreement = comparison.run(lambda: Runner(bytes(content)))
+    if not float:
+        warn_if_noisy(prepared, (float_file, bytes(content)), graphs, first, agreement.sqnr_db)
+    content = bytearray(with_names(bytes(content), *prepared.names))
+    graph = read_graph(content)
+    write_whole(Path(path), content)
     missed = None if learned is None else learned.missed
-    return _result(Path(path), len(content), prepared, graph, rows, agreement, inputs.count, missed)
+    sample = prepared.to_file_layout(first)
+    micro = None if float else micro_difference(bytes(content), graph, sample)
+    counts = len(content), inputs.count
+    return _result(Path(path), counts, prepared, graph, rows, agreement, missed, micro)
 
 
 def _check_arguments(path: Path, calibration: object, float_: bool, ranges: str) -> None:
     if ranges not in calibrating.RANGES:
         valid = ", ".join(map(repr, calibrating.RANGES))
         raise ValueError(f"ranges must be one of {valid}, got {ranges!r}")
-    if calibration is None and not float_:
-        raise ValueError(
-            "an int8 file needs calibration data, got None:  "
-            "to_tflite(model, inputs, path, calibration=loader)"
-        )
-    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable | Sized | None):
-        raise TypeError(
-            "calibration must be an iterable of batches, such as a list or a DataLoader, got "
-            f"{type(calibration).__name__}. A single batch goes into a list:  calibration=[batch]"
-        )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if calibration is not None or not float_:
+        calibrating.check(calibration, "to_tflite(model, inputs, path, calibration=loader)")
+    check_folder(path)
     backends.litert_torch()  # a missing package shows before any work
     backends.quantizer()
 
 
 def _samples(
     calibration: Iterable[Any] | None, prepared: layout.Prepared
-) -> Iterable[calibrating.Sample]:
-    """Calibration data sample by sample; the first is drawn at once, before any long work."""
+) -> tuple[calibrating.Sample, Iterable[calibrating.Sample]]:
+    """One sample, and all that calibrate."""
     if calibration is None:
-        return ()
-    batches = track(calibration, "Calibrating")
-    samples = calibrating.samples(batches, prepared.arguments, prepared.module.keys)
-    first = next(samples, None)
-    if first is None:
-        raise ValueError(
-            "calibration is empty. An iterator that was read before gives nothing any more; pass "
-            "a list or a DataLoader"
-        )
-    return itertools.chain([first], samples)
+        return prepared.arguments, ()
+    samples = iter(calibrating.draw(calibration, prepared.arguments, prepared.module.keys))
+    first = next(samples)
+    return first, itertools.chain([first], samples)
 
 
 def _convert(prepared: layout.Prepared) -> bytes:
@@ -205,48 +213,30 @@ def _convert(prepared: layout.Prepared) -> bytes:
         ) from error
 
 
-def _float_row(placed: Placed) -> TensorRow:
+def _float_row(placed: Placed[Weight]) -> TensorRow:
     tensor, trained = placed.weight.tensor, placed.matched.trained
     return TensorRow(trained.name, tensor.name, tensor.shape, trained.n_clusters, None, None)
 
 
-def _write(path: Path, content: bytes | bytearray) -> None:
-    """Write beside the target and rename, so that no half-written file is ever seen."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _result(
     path: Path,
-    size: int,
+    counts: tuple[int, int],
     prepared: layout.Prepared,
     graph: Graph,
     rows: tuple[TensorRow, ...],
     agreement: Agreement,
-    count: int,
     calibrated: tuple[str, ...] | None,
+    micro: int | None,
 ) -> TFLiteExport:
     return TFLiteExport(
         path=path,
-        size_bytes=size,
+        size_bytes=counts[0],
         tensors=rows,
         sqnr_db=agreement.sqnr_db,
         top1_agreement=agreement.top1,
         compared_samples=agreement.samples,
-        calibration_samples=count,
+        micro_difference=micro,
+        calibration_samples=counts[1],
         calibrated=calibrated,
         operators=count_operators(graph),
         float_operators=tuple(

@@ -11,122 +11,34 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
+from torchclust.export.accelerators import Configuration
 from torchclust.export.backends import INSTALL
+from torchclust.export.compiled.errors import NotVerifiedError
+from torchclust.export.compiled.rows import CompiledInspection
+from torchclust.export.compiled.verification import verify_compiled
 from torchclust.export.inspect import Inspection, inspect_tflite
-
-# Vela's own defaults per family, passed explicitly: figures mean nothing without them.
-_FAMILIES = {
-    "ethos-u55": ((32, 64, 128, 256), "Ethos_U55_High_End_Embedded", "Shared_Sram"),
-    "ethos-u65": ((256, 512), "Ethos_U65_High_End", "Dedicated_Sram"),
-    "ethos-u85": ((128, 256, 512, 1024, 2048), "Ethos_U85_SYS_DRAM_Mid", "Dedicated_Sram_384KB"),
-}
-ACCELERATORS = tuple(f"{family}-{n}" for family, (sizes, _, _) in _FAMILIES.items() for n in sizes)
-
-_CPU_COUNT = re.compile(r"^CPU operators = (\d+)", re.MULTILINE)
-_NPU_COUNT = re.compile(r"^NPU operators = (\d+)", re.MULTILINE)
-_LEFT_ON_CPU = re.compile(
-    r"^Warning \([^)]*\) operator: (\w+), ofm: '([^']*)'\n(?:\s*-?\s*)Reason: (.*)$", re.MULTILINE
+from torchclust.export.vela_log import (
+    counts,
+    ending,
+    is_complete,
+    last_words,
+    left_on_cpu,
 )
-_TENSOR_NAME = re.compile(r" \([^()]*/[^()]*\)")
-_KIB = 1024
+from torchclust.export.vela_report import KIB, VelaLayer, VelaReport
 
 
 class VelaError(RuntimeError):
     """Vela could not compile the file; the message ends with Vela's own last lines."""
-
-
-@dataclass(frozen=True)
-class CpuOperator:
-    """An operator that Vela leaves to the CPU.
-
-    Attributes:
-        operator: TFLite's name for it, for example ``"LEAKY_RELU"``.
-        tensor: the name of its output in the file.
-        module: the path of the torch module that made it, where the tensor's name tells.
-        reason: in Vela's words.
-    """
-
-    operator: str
-    tensor: str
-    module: str | None
-    reason: str
-
-
-@dataclass(frozen=True)
-class VelaLayer:
-    """One row of Vela's per-layer table: estimated cycles and multiply-accumulates."""
-
-    operator: str
-    target: str
-    cycles: int
-    macs: int
-    name: str
-
-
-@dataclass(frozen=True)
-class VelaReport:
-    """Vela's figures for one file; estimates of its model of the hardware, not measurements.
-
-    Attributes:
-        path: the compiled file.
-        accelerator, system_config, memory_mode, vela_version: under which the figures hold.
-        encoded_weight_bytes: all weights as the accelerator decodes them.
-        original_weight_bytes: the same weights before encoding.
-        flash_bytes: flash for weights and constants; 0 where the system keeps them in DRAM.
-        sram_bytes: on-chip memory.
-        dram_bytes: off-chip memory for constants and feature maps; 0 where there is none.
-        cycles: one inference.
-        inference_seconds: the same at the configuration's clock.
-        macs: multiply-accumulates of one inference.
-        cpu_ops, npu_ops: operators left to the CPU, and on the accelerator.
-        cpu_operators: which ones and why.
-        layers: the per-layer table.
-    """
-
-    path: Path
-    accelerator: str
-    system_config: str
-    memory_mode: str
-    vela_version: str
-    encoded_weight_bytes: int
-    original_weight_bytes: int
-    flash_bytes: int
-    sram_bytes: int
-    dram_bytes: int
-    cycles: int
-    inference_seconds: float
-    macs: int
-    cpu_ops: int
-    npu_ops: int
-    cpu_operators: tuple[CpuOperator, ...]
-    layers: tuple[VelaLayer, ...]
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.path.name}: {self.accelerator}, {self.system_config}, {self.memory_mode}, "
-            f"Vela {self.vela_version}",
-            f"  encoded weights {self.encoded_weight_bytes / _KIB:,.1f} KiB "
-            f"(of {self.original_weight_bytes / _KIB:,.1f}), flash {self.flash_bytes / _KIB:,.1f}, "
-            f"SRAM {self.sram_bytes / _KIB:,.1f}, DRAM {self.dram_bytes / _KIB:,.1f} KiB",
-            f"  {self.cycles:,} cycles, {self.inference_seconds * 1e3:.3f} ms estimated; "
-            f"{self.npu_ops} operators on the NPU, {self.cpu_ops} on the CPU",
-        ]
-        lines += [
-            f"  CPU: {op.operator} ({op.module or op.tensor}): {op.reason}"
-            for op in self.cpu_operators
-        ]
-        return "\n".join(lines)
 
 
 def vela(
@@ -158,6 +70,8 @@ def vela(
     Raises:
         ValueError: unknown accelerator, or not a .tflite file.
         VelaError: Vela failed; its last lines are in the message.
+        CompiledFileError: what Vela wrote does not hold the file's weights and scales, value by
+            value (see `verify_compiled`).
         ImportError: Vela is not installed.
 
     Warns:
@@ -165,45 +79,57 @@ def vela(
             and 16 codes, so more than 16 may save nothing there.
     """
     path = Path(path)
-    family = accelerator.rpartition("-")[0]
-    if accelerator not in ACCELERATORS:
-        raise ValueError(
-            f"accelerator must be one of {', '.join(ACCELERATORS)}, got {accelerator!r}"
-        )
+    chosen = Configuration.of(accelerator, system_config, memory_mode, config)
     if importlib.util.find_spec("ethosu") is None:
         raise ImportError(f"compiling needs Vela, which is not installed:  {INSTALL}")
-    _, default_system, default_memory = _FAMILIES[family]
-    system_config = system_config or default_system
-    memory_mode = memory_mode or default_memory
     inspected = inspect_tflite(path)
-    if family == "ethos-u85":
+    if accelerator.startswith("ethos-u85"):
         _warn_about_codes(inspected)
     target = Path(output_dir) if output_dir is not None else path.parent
+    return compile_with(path, chosen, target, made_by=inspected.made_by)
+
+
+def compile_with(
+    path: Path,
+    chosen: Configuration,
+    target: Path,
+    output_format: str = "tflite",
+    made_by: Mapping[str, str] | None = None,
+) -> VelaReport:
+    """Compile whatever Vela reads (.tflite, .tosa) into a folder and read its figures.
+
+    ``made_by``: the file's operators by their outputs, for those that Vela has no name for.
+    """
     with tempfile.TemporaryDirectory() as folder:
         log = _run(
             path,
             {
-                "accelerator-config": accelerator,
-                "system-config": system_config,
-                "memory-mode": memory_mode,
-                "config": os.fspath(config) if config is not None else "Arm/vela.ini",
+                "accelerator-config": chosen.accelerator,
+                "system-config": chosen.system_config,
+                "memory-mode": chosen.memory_mode,
+                "config": chosen.config,
                 "output-dir": folder,
+                "output-format": output_format,
             },
         )
         summary = _one_row(Path(folder), path.stem)
         layers = _layers(Path(folder) / f"{path.stem}_per-layer.csv")
+        (compiled,) = Path(folder).glob(f"{path.stem}_vela.*")
+        verified = _verified(compiled, path)
         target.mkdir(parents=True, exist_ok=True)
         for file in Path(folder).iterdir():
             shutil.move(file, target / file.name)
-    return _report(
-        target / f"{path.stem}_vela.tflite",
-        accelerator,
-        system_config,
-        memory_mode,
-        summary,
-        log,
-        layers,
-    )
+    return _report(target / compiled.name, chosen, summary, log, made_by or {}, layers, verified)
+
+
+def _verified(compiled: Path, original: Path) -> CompiledInspection | str:
+    """What the compiled file holds, or why that cannot be compared with the original."""
+    if original.suffix != ".tflite":
+        return "only .tflite files are compared with what they were made from"
+    try:
+        return verify_compiled(compiled, original)
+    except NotVerifiedError as error:
+        return str(error).removeprefix(f"{compiled}: ")
 
 
 def _run(path: Path, options: Mapping[str, str]) -> str:
@@ -214,14 +140,11 @@ def _run(path: Path, options: Mapping[str, str]) -> str:
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
-    if done.returncode != 0 or _CPU_COUNT.search(done.stdout) is None:
-        said = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        crashed = any(line.startswith("Traceback") for line in said)
-        last = "\n  ".join(said[-1:] if crashed else said[-3:]) or "nothing"
+    if done.returncode != 0 or not is_complete(done.stdout):
         raise VelaError(
             f"Vela cannot compile {path} for {options['accelerator-config']} "
-            f"({options['system-config']}, {options['memory-mode']}); it exited with "
-            f"{done.returncode} and said:\n  {last}"
+            f"({options['system-config']}, {options['memory-mode']}); {ending(done.returncode)} "
+            f"and said:\n  {last_words(done.stdout)}"
         )
     return done.stdout
 
@@ -249,21 +172,21 @@ def _layers(file: Path) -> tuple[VelaLayer, ...]:
 
 def _report(
     compiled: Path,
-    accelerator: str,
-    system_config: str,
-    memory_mode: str,
+    chosen: Configuration,
     summary: Mapping[str, str],
     log: str,
+    made_by: Mapping[str, str],
     layers: tuple[VelaLayer, ...],
+    verified: CompiledInspection | str,
 ) -> VelaReport:
     def kib(*names: str) -> int:
-        return round(sum(float(summary[f"{name}_memory_used"]) for name in names) * _KIB)
+        return round(sum(float(summary[f"{name}_memory_used"]) for name in names) * KIB)
 
     return VelaReport(
         path=compiled,
-        accelerator=accelerator,
-        system_config=system_config,
-        memory_mode=memory_mode,
+        accelerator=chosen.accelerator,
+        system_config=chosen.system_config,
+        memory_mode=chosen.memory_mode,
         vela_version=metadata.version("ethos-u-vela"),
         encoded_weight_bytes=round(float(summary["total_npu_encoded_weights"])),
         original_weight_bytes=round(float(summary["total_original_weights"])),
@@ -273,28 +196,13 @@ def _report(
         cycles=round(float(summary["cycles_total"])),
         inference_seconds=float(summary["inference_time"]),
         macs=round(float(summary["nn_macs"])),
-        cpu_ops=_count(_CPU_COUNT, log),
-        npu_ops=_count(_NPU_COUNT, log),
-        cpu_operators=tuple(
-            CpuOperator(operator, tensor, _torch_path(tensor), _TENSOR_NAME.sub("", reason))
-            for operator, tensor, reason in _LEFT_ON_CPU.findall(log)
-        ),
+        cpu_ops=counts(log)[0],
+        npu_ops=counts(log)[1],
+        cpu_operators=left_on_cpu(log, made_by),
         layers=layers,
+        verified=None if isinstance(verified, str) else replace(verified, path=compiled),
+        not_verified=verified if isinstance(verified, str) else "",
     )
-
-
-def _count(pattern: re.Pattern[str], log: str) -> int:
-    found = pattern.search(log)
-    return int(found[1]) if found else 0
-
-
-def _torch_path(tensor: str) -> str | None:
-    """The torch module that a tensor's name from the converter speaks of.
-
-    The name lists modules as ``class_attribute``; class names seldom have an underscore.
-    """
-    steps = tensor.partition(";")[0].split("/")[2:]
-    return ".".join(s.rpartition(".")[2].lstrip("_").partition("_")[2] for s in steps) or None
 
 
 def _warn_about_codes(inspected: Inspection) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -15,11 +16,14 @@ from torchclust.export.clustered import Placed
 from torchclust.export.codes import most_codes
 from torchclust.export.graph import Array, Graph, Weight
 from torchclust.export.layout import Prepared
-from torchclust.export.runner import Runner
+
+# Float inputs in the file's layout to float outputs, one sample at a time.
+Answering: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Array]]
 
 # Reference kernels are slow (some 0.1 G multiplications a second), and a few dozen samples tell.
 _MOST_SAMPLES = 64
 _MOST_MACS = 2e9
+_EVERY = 8  # a sample out of so many is kept from calibration, to be honest about the file's noise
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Agreement:
     samples: int
 
 
-def check_codes(graph: Graph, placed: Sequence[Placed]) -> tuple[TensorRow, ...]:
+def check_codes(graph: Graph, placed: Sequence[Placed[Weight]]) -> tuple[TensorRow, ...]:
     """Count the codes of every clustered tensor of an int8 file, and compare them.
 
     Raises:
@@ -65,7 +69,7 @@ def check_codes(graph: Graph, placed: Sequence[Placed]) -> tuple[TensorRow, ...]
     return tuple(_check(p, by_name.get(p.weight.tensor.name)) for p in placed)
 
 
-def _check(placed: Placed, weight: Weight | None) -> TensorRow:
+def _check(placed: Placed[Weight], weight: Weight | None) -> TensorRow:
     matched, trained = placed.matched, placed.matched.trained
     if weight is None or weight.tensor.dtype != "int8":
         raise ExportError(
@@ -86,47 +90,63 @@ def _check(placed: Placed, weight: Weight | None) -> TensorRow:
     )
 
 
-class Comparison:
-    """The float model's answers to the first calibration samples, and a file's."""
+def most_samples(graph: Graph) -> int:
+    """How many samples reference kernels run in a bearable time."""
+    return int(np.clip(_MOST_MACS / max(1, _macs(graph)), 2, _MOST_SAMPLES))
 
-    def __init__(self, prepared: Prepared, graph: Graph) -> None:
+
+class Comparison:
+    """The float model's answers to samples that calibration does not see, and a file's."""
+
+    def __init__(self, prepared: Prepared, most: int) -> None:
         self._prepared = prepared
-        self._kept: list[Sample] = []
-        self._most = int(np.clip(_MOST_MACS / max(1, _macs(graph)), 2, _MOST_SAMPLES))
+        self._first: list[Sample] = []
+        self._held_out: list[Sample] = []
+        self._most = most
 
     def collect(self, samples: Iterable[Sample]) -> Iterator[tuple[Tensor, ...]]:
-        """Pass samples on in the file's layout, keeping the first few."""
-        for sample in samples:
-            if len(self._kept) < self._most:
-                self._kept.append(sample)
+        """Pass samples on in the file's layout, but for every eighth, which is held out."""
+        for number, sample in enumerate(samples, 1):
+            if number % _EVERY == 0 and len(self._held_out) < self._most:
+                self._held_out.append(sample)
+                continue
+            if len(self._first) < self._most:
+                self._first.append(sample)
             yield self._prepared.to_file_layout(sample)
 
     @property
     def first(self) -> Sample:
         """The first sample that came, in the model's layout."""
-        return self._kept[0]
+        return self._first[0]
 
-    def run(self, content: bytes) -> Agreement:
-        """Run the file with reference kernels on the samples kept."""
-        if not self._kept:
+    @property
+    def samples(self) -> list[Sample]:
+        """Those to compare on: held out, or the first ones where all are too few."""
+        return self._held_out or self._first
+
+    def run(self, ready: Callable[[], Answering]) -> Agreement:
+        """Compare with what computes as the file does, made ready if there are samples at all."""
+        kept = self.samples
+        if not kept:
             return Agreement(None, None, 0)
-        runner = Runner(content)
+        runner = ready()
         pairs = [
             (
                 [y.numpy() for y in self._prepared.reference(s)],
                 runner(self._prepared.to_file_layout(s)),
             )
-            for s in self._kept
+            for s in kept
         ]
         outputs = range(len(pairs[0][0]))
-        noise = [_sqnr([(want[i], got[i]) for want, got in pairs]) for i in outputs]
+        noise = [sqnr([(want[i], got[i]) for want, got in pairs]) for i in outputs]
         top1 = None
         if pairs[0][0][0].ndim == 2 and pairs[0][0][0].shape[1] > 1:
             top1 = float(np.mean([want[0].argmax() == got[0].argmax() for want, got in pairs]))
         return Agreement(min(noise), top1, len(pairs))
 
 
-def _sqnr(pairs: Sequence[tuple[Array, Array]]) -> float:
+def sqnr(pairs: Sequence[tuple[Array, Array]]) -> float:
+    """Signal to noise of pairs (wanted, got), in decibels."""
     signal = sum(float(np.square(want, dtype=np.float64).sum()) for want, _ in pairs)
     noise = sum(float(np.square(want.astype(np.float64) - got).sum()) for want, got in pairs)
     if noise == 0:

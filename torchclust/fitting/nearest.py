@@ -63,28 +63,30 @@ def priced_midpoints(centroids: Tensor, bits: Tensor, price: Tensor) -> Tensor:
     that serves nobody gets an empty cell: the boundaries on either side of it coincide.
 
     Args:
-        centroids: `(k,)` ascending.
-        bits: `(k,)` what an index costs.
-        price: of a bit in squared units of the centroids, of shape `()` or `(rows,)`.
+        centroids: `(..., k)` ascending.
+        bits: `(..., k)` what an index costs.
+        price: `(...)` of a bit, in squared units of the centroids.
 
     Returns:
-        `(k - 1,)` or `(rows, k - 1)` ascending boundaries.
+        `(..., k - 1)` ascending boundaries.
 
     >>> half = torch.tensor(0.5)
     >>> priced_midpoints(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 2.0]), half)
     tensor([0.7500, 1.5000])
     """
-    low, high = centroids[:, None], centroids[None, :]
-    gap = (high - low).clamp_min(64 * torch.finfo(centroids.dtype).tiny)
-    slope = (bits[None, :] - bits[:, None]) / (2 * gap)
-    reached = torch.full_like(price[..., None] * centroids, -torch.inf)
+    price = price[..., None] / 2
+    least = 64 * torch.finfo(centroids.dtype).tiny
+    reached: Tensor | None = None
     boundaries = []
-    for i in range(len(centroids) - 1):
+    for i in range(centroids.shape[-1] - 1):
         # Beyond `reached[j]` centroid j is better than each of the centroids up to i.
-        meet = low[i] / 2 + high[0] / 2 + price[..., None] * slope[i]
-        reached = torch.maximum(reached, meet)
-        boundaries.append(reached[..., i + 1 :].amin(-1))
-    return torch.stack(boundaries, -1) if boundaries else reached[..., :0]
+        low, high, own = centroids[..., i, None], centroids[..., i + 1 :], bits[..., i, None]
+        slope = (bits[..., i + 1 :] - own) / (high - low).clamp_min(least)
+        meet = low / 2 + high / 2 + price * slope
+        reached = meet if reached is None else torch.maximum(reached[..., 1:], meet)
+        boundaries.append(reached.amin(-1))
+    shape = torch.broadcast_shapes(price.shape[:-1], centroids.shape[:-1])
+    return torch.stack(boundaries, -1) if boundaries else centroids.new_empty(*shape, 0)
 
 
 def count_below(values: Tensor, boundaries: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
@@ -26,6 +27,7 @@ from torchclust.lightning.distributed import keep_indices_local_, on_rank_zero
 from torchclust.lightning.freezing import Freezer
 from torchclust.lightning.monitor import announcement, assignments, histograms, measure
 from torchclust.lightning.optimizers import carry_over, scale_rates
+from torchclust.lightning.price import share_of_price
 from torchclust.lightning.rng import random_state, set_random_state
 from torchclust.lightning.trees import (
     Callback,
@@ -34,6 +36,7 @@ from torchclust.lightning.trees import (
     rank_zero_info,
     rank_zero_warn,
 )
+from torchclust.model.charge import charge_, is_priced
 from torchclust.model.cluster import cluster_, strip_
 from torchclust.model.clustering import is_clustered, named_clusterings
 from torchclust.model.restore import restore_structure_
@@ -69,6 +72,7 @@ class Options(TypedDict, total=False):
     assignment: Assignment
     gradient: Gradient
     preserve_sparsity: bool
+    rate: float
     importance: Mapping[str, Tensor] | None
     inputs: Iterable[Any] | None
     strict: bool
@@ -218,6 +222,15 @@ class WeightClustering(Callback):
         due = self.quantize_activations and is_clustered(pl_module)
         if due and not any(quantized_modules(pl_module)):
             self._first_calls = FirstCalls(pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Charge the weights for their bits: less and less cheaply over the first half."""
+        if is_priced(pl_module):
+            share = share_of_price(trainer, self.start_epoch)
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            charge_(pl_module, share, parameters=held)
 
     def on_train_batch_end(
         self,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torchclust.weight.parametrization import ClusteredWeight
+from torchclust.weight.clustered import ClusteredWeight
 
 ResultT = TypeVar("ResultT")
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

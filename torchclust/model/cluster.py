@@ -29,8 +29,9 @@ from torchclust.model.rules import Rules
 from torchclust.model.slots import Slot, chosen_slots, clustered_slots, slots_of
 from torchclust.model.surgery import attach, detach, make_for, make_plain
 from torchclust.progress import track
+from torchclust.weight.clustered import ClusteredWeight
 from torchclust.weight.config import ClusterConfig
-from torchclust.weight.parametrization import ClusteredWeight, fit_weight
+from torchclust.weight.parametrization import fit_weight
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

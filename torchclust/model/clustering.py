@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from torchclust.model.places import clustered_places, clustered_weight, parametrizations_of
+from torchclust.weight.clustered import ClusteredWeight
 from torchclust.weight.config import ClusterConfig
-from torchclust.weight.parametrization import ClusteredWeight
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from torchclust.fitting.worth import entropy, plain_int8_bits
 from torchclust.model.slots import Slot
-from torchclust.weight.parametrization import ClusteredWeight
+from torchclust.weight.clustered import ClusteredWeight
 
 _BYTES = 64  # that few may be lost: what a compiler's alignment takes anyway
 

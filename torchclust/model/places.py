@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torchclust.weight.parametrization import ClusteredWeight
+from torchclust.weight.clustered import ClusteredWeight
 
 
 def parameters_behind(module: nn.Module, name: str) -> list[nn.Parameter]:

@@ -17,8 +17,7 @@ from torchclust.model.cluster import ModuleT, strip_
 from torchclust.model.places import clustered_weight, join, parametrizations_of, underlying
 from torchclust.model.slots import slots_of
 from torchclust.model.surgery import attach, make_for
-from torchclust.weight.config import ClusterConfig
-from torchclust.weight.parametrization import config_from_bytes
+from torchclust.weight.config import ClusterConfig, config_from_bytes
 
 _CONFIG_KEY = re.compile(r"(?:(?P<path>.+)\.)?parametrizations\.(?P<name>[^.]+)\.0\.config_json")
 

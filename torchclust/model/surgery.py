@@ -11,8 +11,9 @@ from torch.nn.utils import parametrize, prune
 
 from torchclust.model.places import clustered_weight, parametrizations_of, trains
 from torchclust.model.slots import Slot
+from torchclust.weight.clustered import ClusteredWeight
 from torchclust.weight.config import ClusterConfig
-from torchclust.weight.parametrization import ClusteredWeight, make_clustered_weight
+from torchclust.weight.parametrization import make_clustered_weight
 
 
 def make_for(slot: Slot, config: ClusterConfig, tensors: Mapping[str, Tensor]) -> ClusteredWeight:

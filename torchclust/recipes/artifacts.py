@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import zipfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-from torchclust.export.file_network import FileNetwork
+from torchclust.export.file_network import of_tflite
 from torchclust.export.tflite import TFLiteExport, to_tflite
-from torchclust.export.vela import VelaReport, vela
+from torchclust.export.vela import vela
+from torchclust.export.vela_report import VelaReport
 from torchclust.recipes.kept import Result, Stages, origin
 from torchclust.recipes.prepare import Prepared
 from torchclust.recipes.stages import Networks
@@ -42,7 +43,7 @@ def export_files(prepared: Prepared, networks: Networks, output: Path, stages: S
             done = to_tflite(network, example, path, calibration=[inputs], float=is_float)
             found[name] = _described(done)
             if not is_float:
-                file = FileNetwork(done, network, example)
+                file = of_tflite(done, network, example)
                 found[name]["accuracy"] = task.score(module, forward=file)
         return found
 
@@ -103,6 +104,6 @@ def _described(done: TFLiteExport) -> Result:
 
 def _compiled(report: VelaReport) -> Result:
     """Return a Vela report as plain values, without the per-layer table."""
-    found = asdict(replace(report, layers=(), cpu_operators=()))
+    found = replace(report, layers=(), cpu_operators=()).to_dict()
     found["cpu_operators"] = [f"{op.operator}: {op.reason}" for op in report.cpu_operators]
     return {**found, "path": report.path.name, "layers": []}

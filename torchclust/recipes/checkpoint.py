@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from torchclust.model.restore import restore_
@@ -15,12 +18,13 @@ from torchclust.recipes.section import RecipeError
 def load_checkpoint_(model: nn.Module, file: Path, section: str = "model") -> nn.Module:
     """Load a state dict, clustered or plain, into `model`, in place.
 
-    Takes what ``torch.save(model.state_dict(), file)`` writes, and Lightning's checkpoints. Names
+    Takes what ``torch.save(model.state_dict(), file)`` writes, ``.safetensors``, and Lightning's
+    checkpoints. Names
     that all begin with ``model.`` lose that, unless the model itself has such names.
     """
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        content = _read(file)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         reason = str(error).split("\n", 1)[0]
         raise RecipeError(f"{section}.checkpoint: cannot read {file}: {reason}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -38,3 +42,9 @@ def load_checkpoint_(model: nn.Module, file: Path, section: str = "model") -> nn
         raise RecipeError(
             f"{section}.checkpoint: {file} does not fit the {section}: {reason}"
         ) from error
+
+
+def _read(file: Path) -> Any:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from torchclust.allocation.sensitivity import class_divergence
-from torchclust.export.vela import ACCELERATORS
+from torchclust.export.accelerators import ACCELERATORS
 from torchclust.lightning.trees import installed
 from torchclust.model.cluster import cluster_
 from torchclust.model.clustering import is_clustered
@@ -55,9 +55,10 @@ def prepare(recipe: Recipe) -> Prepared:
     Raises:
         RecipeError: one line that names the key and the remedy (`DataError` for data).
     """
-    if recipe.vela is not None and recipe.vela.accelerator not in ACCELERATORS:
-        given = recipe.vela.accelerator
-        raise RecipeError(f"vela.accelerator: no {given!r}; {nearest(given, ACCELERATORS)}")
+    if recipe.vela is not None:
+        _check_accelerator("vela.accelerator", recipe.vela.accelerator)
+    if recipe.executorch is not None:
+        _check_accelerator("executorch.target", recipe.executorch.target)
     named = load_data(recipe.data) if recipe.data.name else None
     task = own.task_of(recipe, named) if recipe.module else classification(recipe, named)
     prepared = Prepared(recipe, task)
@@ -69,6 +70,11 @@ def prepare(recipe: Recipe) -> Prepared:
         if not is_clustered(tried):
             raise RecipeError("cluster: the rules leave every tensor alone; leave the section out")
     return prepared
+
+
+def _check_accelerator(key: str, given: str) -> None:
+    if given not in ACCELERATORS:
+        raise RecipeError(f"{key}: no {given!r}; {nearest(given, ACCELERATORS)}")
 
 
 def classification(recipe: Recipe, data: Data | None) -> Task:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,20 @@ _STAGES = {
 }
 
 
+@dataclass(frozen=True)
+class Files:
+    """What a run wrote: by file name .tflite, what Vela made of it, .pte; and the packed model."""
+
+    exported: Mapping[str, Any]
+    compiled: Mapping[str, Any]
+    programs: Mapping[str, Any]
+    packed: PackedSize | None
+
+
 def assemble(
     recipe: Recipe,
     networks: Networks,
-    exported: Mapping[str, Any],
-    compiled: Mapping[str, Any],
-    packed: PackedSize | None,
+    written: Files,
     seconds: Mapping[str, float],
     versions: Mapping[str, str],
 ) -> Report:
@@ -49,7 +57,8 @@ def assemble(
 
     What stands under ``accuracy`` is the task's metric: of a built-in model a percentage.
     """
-    files = {name: exported.get(f"{name}.tflite", {}) for name in _FILES}
+    files = {name: written.exported.get(f"{name}.tflite", {}) for name in _FILES}
+    packed = written.packed
     return {
         "name": recipe.name,
         "recipe": recipe.to_dict(),
@@ -74,7 +83,8 @@ def assemble(
         },
         "tensors": _tensors(networks, files["int8"].get("codes", {})),
         "chosen": networks.chosen.to_dict() if networks.chosen else None,
-        "vela": _vela(compiled),
+        "vela": _vela(written.compiled),
+        "executorch": _programs(recipe, written.programs),
         "export": {
             "sqnr_db": files["int8"].get("sqnr_db"),
             "top1_agreement": files["int8"].get("top1_agreement"),
@@ -119,6 +129,17 @@ def _vela(compiled: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "cpu_operators": ours.get("cpu_operators", [])}
 
 
+def _programs(recipe: Recipe, programs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the figures of the ExecuTorch program, and the baseline's beside them."""
+    if recipe.executorch is None:
+        return None
+    ours, baseline = programs.get("model.pte", {}), programs.get("baseline.pte", {})
+    found = {"target": recipe.executorch.target, "vela_version": baseline.get("vela_version")}
+    for key in ("accuracy", "bytes", "encoded_weight_bytes", "cycles"):
+        found |= {key: ours.get(key), f"baseline_{key}": baseline.get(key)}
+    return {**found, "codes": ours.get("codes"), "cpu_operators": ours.get("cpu_operators")}
+
+
 def gains(report: Report) -> list[tuple[str, str, str, str]]:
     """Return the rows (what, not clustered, clustered, gain) of whatever the run measured."""
     accuracy, size, vela = report["accuracy"], report["bytes"], report["vela"]
@@ -135,11 +156,23 @@ def gains(report: Report) -> list[tuple[str, str, str, str]]:
         ),
         ("flash", vela["baseline_flash_bytes"], vela["flash_bytes"]),
     ]
+    program = report.get("executorch")
+    if program:
+        chip = f"Vela {program['vela_version']}, {program['target']}"
+        for what, key in (
+            ("ExecuTorch program (.pte)", "bytes"),
+            (f"its encoded weights ({chip})", "encoded_weight_bytes"),
+        ):
+            sizes.append((what, program[f"baseline_{key}"], program[key]))
     found = []
     before, after = accuracy["baseline_int8"], accuracy["int8"]
     if before is not None and after is not None:
         cells = metric.text(before), metric.text(after), metric.change(before, after)
         found.append((f"int8 {metric.name}", *cells))
+    if program and program["accuracy"] is not None:
+        before, after = program["baseline_accuracy"], program["accuracy"]
+        cells = metric.text(before), metric.text(after), metric.change(before, after)
+        found.append((f"ExecuTorch program's {metric.name}", *cells))
     for what, before, after in sizes:
         if before and after:
             found.append((what, _kib(before), _kib(after), _factor(before, after)))

@@ -24,7 +24,8 @@ from torchclust.recipes.artifacts import TFLITE_FILES, VELA_FOLDER, compile_file
 from torchclust.recipes.kept import Stages, versions
 from torchclust.recipes.plot import plot
 from torchclust.recipes.prepare import prepare
-from torchclust.recipes.report import assemble, markdown
+from torchclust.recipes.programs import PROGRAM_FILES, check_packages, write_programs
+from torchclust.recipes.report import Files, assemble, markdown
 from torchclust.recipes.schema import Recipe, RecipeError
 from torchclust.recipes.stages import train_networks
 
@@ -61,6 +62,7 @@ def run_recipe(
     """
     check_output(output, resume=resume, overwrite=overwrite)
     prepared = prepare(recipe)
+    check_packages(prepared)
     if overwrite:
         clear(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -72,8 +74,10 @@ def run_recipe(
         write_whole(output / CHOSEN_FILE, yaml.safe_dump(same.to_dict(), sort_keys=False))
     exported = export_files(prepared, networks, output, stages) if recipe.export else {}
     compiled = compile_files(prepared, output, stages) if recipe.vela else {}
+    programs = write_programs(prepared, networks, output, stages) if recipe.executorch else {}
     packed = save_packed(networks.compressed, output / PACKED_FILE) if networks.compressed else None
-    report = assemble(recipe, networks, exported, compiled, packed, stages.seconds, versions())
+    files = Files(exported, compiled, programs, packed)
+    report = assemble(recipe, networks, files, stages.seconds, versions())
     plot(report, networks.trained, networks.compressed, output / "report.png")
     write_whole(output / "report.md", markdown(report))
     write_whole(output / "report.json", json.dumps(report, indent=2) + "\n")
@@ -93,7 +97,7 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
 
 def clear(output: Path) -> None:
     """Delete what a run writes, and nothing else: the folder may be anybody's."""
-    for name in (*REPORTS, *TFLITE_FILES, PACKED_FILE):
+    for name in (*REPORTS, *TFLITE_FILES, *PROGRAM_FILES, PACKED_FILE):
         (output / name).unlink(missing_ok=True)
     for folder in (VELA_FOLDER, STAGE_FOLDER):
         shutil.rmtree(output / folder, ignore_errors=True)

@@ -73,6 +73,7 @@ class ClusterSection(Section):
     assignment: Assignment = Field("fixed", description="nearest: weights train and move cluster")
     gradient: Gradient = Field("sum", description="how member gradients reach their centroid")
     preserve_sparsity: bool = Field(False, description="zeros stay exactly zero")
+    rate: float = Field(0.0, ge=0, description="what a bit costs: fewer bytes for more error")
     rules: dict[str, Any] = Field(
         default_factory=dict,
         description="pattern of parameter names, or class name -> int, fields, or null",
@@ -189,6 +190,19 @@ class VelaSection(Section):
     memory_mode: str | None = Field(None, description="where weights and activations live")
 
 
+class ExecuTorchSection(Section):
+    """ExecuTorch programs (.pte) for Ethos-U, clustered and not; in an environment of its own."""
+
+    target: str = Field("ethos-u55-128", description="ethos-u55-32 ... ethos-u85-2048")
+    system_config: str | None = Field(None, description="clocks and memories, as vela's")
+    memory_mode: str | None = Field(None, description="where weights and activations live")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `to_pte` takes besides model, inputs and calibration."""
+        return self.model_dump(exclude_none=True)
+
+
 class Recipe(Section):
     """All sections of a recipe, in the order in which they run."""
 
@@ -209,6 +223,7 @@ class Recipe(Section):
     finetune: FinetuneSection | None = None
     export: ExportSection | None = None
     vela: VelaSection | None = None
+    executorch: ExecuTorchSection | None = None
 
     @field_validator("data", "model", "metric", mode="before")
     @classmethod

@@ -36,6 +36,7 @@ def _fit_float(
             max_iter=config.max_iter,
             importance=None if importance is None else importance[part],
             preserve_sparsity=config.preserve_sparsity,
+            rate=config.rate,
             seed=seed,
         )
 
@@ -62,6 +63,7 @@ def _fit_integer(
         max_iter=config.max_iter,
         importance=importance,
         preserve_sparsity=config.preserve_sparsity,
+        rate=config.rate,
         seed=seed,
     )
     magnitudes, indices = book.codes[len(book.codes) // 2 + 1 :], book.indices
@@ -80,3 +82,13 @@ def _stack_padded(centroids: Sequence[Tensor]) -> Tensor:
     """One row a codebook; a shorter one repeats its last centroid, which no index refers to."""
     width = max(len(c) for c in centroids)
     return torch.stack([torch.cat([c, c[-1:].expand(width - len(c))]) for c in centroids])
+
+
+def relative_error(weight: Tensor, clustered: Tensor) -> Tensor:
+    """``||weight - clustered|| / ||weight||``, a float32 scalar that no magnitude overflows."""
+    largest = weight.abs().max().clamp_min(torch.finfo(weight.dtype).tiny)  # squares overflow
+    norm: Tensor = torch.linalg.vector_norm(weight / largest, dtype=torch.float64)
+    error: Tensor = torch.linalg.vector_norm(
+        clustered / largest - weight / largest, dtype=torch.float64
+    )
+    return torch.div(error, norm.clamp_min(torch.finfo(torch.float64).tiny)).float()

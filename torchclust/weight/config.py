@@ -7,6 +7,11 @@ import json
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
+import torch
+from torch import Tensor
+
+from torchclust.fitting.arguments import check_rate
+
 Init: TypeAlias = Literal["optimal", "linear", "density", "random", "kmeans++"]
 CodebookDtype: TypeAlias = Literal["float32", "int8"]
 Granularity: TypeAlias = Literal["tensor", "channel", "group"]
@@ -42,6 +47,10 @@ class ClusterConfig:
             forward.
         gradient: how the members' gradients reach their centroid: ``"sum"`` is the paper's Eq. 3.
         preserve_sparsity: weights that are exactly zero stay exactly zero; one centroid is 0.
+        rate: what a bit costs, at least 0: codebooks are fitted, weights assigned anew and, with
+            ``"nearest"``, trained for fewer bits as well as for less error. In units of the
+            weight's variance per bit and weight where weights are fitted and assigned
+            (`torchclust.fit_codebook`), of the loss where they train (`torchclust.charge_`).
 
     Raises:
         TypeError, ValueError: naming the field, the value given and what is valid.
@@ -64,6 +73,7 @@ class ClusterConfig:
     assignment: Assignment = "fixed"
     gradient: Gradient = "sum"
     preserve_sparsity: bool = False
+    rate: float = 0.0
 
     def __post_init__(self) -> None:
         _require_int("n_clusters", self.n_clusters)
@@ -82,6 +92,7 @@ class ClusterConfig:
             raise TypeError(
                 f"preserve_sparsity must be True or False, got {self.preserve_sparsity!r}"
             )
+        check_rate(self.rate)
         if self.n_clusters < 3 and (self.preserve_sparsity or self.codebook_dtype == "int8"):
             why = "preserve_sparsity" if self.preserve_sparsity else "codebook_dtype='int8'"
             raise ValueError(
@@ -111,7 +122,10 @@ class ClusterConfig:
 
     def to_json(self) -> str:
         """The fields as one line of JSON, as a clustered state dict carries them."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        fields = dataclasses.asdict(self)
+        if not self.rate:  # as state dicts had it before there was a price
+            del fields["rate"]
+        return json.dumps(fields, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> ClusterConfig:
@@ -122,3 +136,13 @@ class ClusterConfig:
 def _require_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
+
+
+def config_from_bytes(encoded: Tensor) -> ClusterConfig:
+    """The configuration that a clustered state dict carries (``...0.config_json``)."""
+    return ClusterConfig.from_json(bytes(encoded.tolist()).decode("ascii"))
+
+
+def config_as_bytes(config: ClusterConfig) -> Tensor:
+    """Return a configuration as the uint8 tensor that state dicts hold."""
+    return torch.tensor(list(config.to_json().encode("ascii")), dtype=torch.uint8)

@@ -17,149 +17,18 @@ rate, so a codebook kept in integer units would stand still and a scale of 0.002
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchclust.fitting.nearest import assign, count_below_in_units
-from torchclust.fitting.worth import without_noise
-from torchclust.weight.codebooks import fit_rows
+from torchclust.fitting.nearest import (
+    assign,
+    count_below_in_units,
+)
+from torchclust.weight.bits import bits_of
+from torchclust.weight.clustered import ClusteredWeight, fit_as
 from torchclust.weight.config import ClusterConfig
-from torchclust.weight.evaluation_cache import EvaluationCache
-from torchclust.weight.lookup import Memory, at_least_float32, grouped_sum, lookup
-
-_PARAMETERS = ("centroids", "relative_scale")
-
-
-class ClusteredWeight(nn.Module):
-    """A weight as codebook and indices; subclasses say what a codebook is.
-
-    Args:
-        config: how the weight is clustered.
-        tensors: ``original`` and the other tensors of its state dict, as `fit_weight` makes them.
-        channel_dim: the weight's output-channel dimension: 1 for ConvTranspose, else 0.
-        requires_grad: whether the codebook trains.
-    """
-
-    def __init__(
-        self,
-        config: ClusterConfig,
-        tensors: Mapping[str, Tensor],
-        *,
-        channel_dim: int = 0,
-        requires_grad: bool = True,
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.channel_dim = channel_dim
-        self.shape = tensors["indices" if config.assignment == "fixed" else "original"].shape
-        self.first_original: Tensor | None = tensors["original"]
-        self._cached: EvaluationCache | None = None
-        self._memory = Memory()
-        for name, tensor in tensors.items():
-            if name in _PARAMETERS:
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad))
-            elif name not in ("original", "config_json"):
-                self.register_buffer(name, tensor)
-        self.register_buffer("config_json", config_as_bytes(config).to(tensors["original"].device))
-
-    def forward(self, original: Tensor) -> Tensor:
-        """The weight. Without gradients the last result is returned while nothing has changed."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            if self._cached is not None:  # assigning to a module's attribute takes its time
-                self._cached = None
-            return self._evaluate(original, self._memory)
-        sources = [original, *self._parameters.values(), *self._buffers.values()]
-        tensors = [tensor for tensor in sources if tensor is not None]
-        if self._cached is None or not self._cached.holds(tensors):
-            self._cached = None  # not two values at a time, nor the last step's
-            self._memory = Memory()
-            self._cached = EvaluationCache(self.value(original), tensors)
-        return self._cached.value
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """Assigning to ``module.weight`` fits anew; registering keeps the first fit."""
-        if self.first_original is not None:
-            return self.first_original
-        fitted = fit_weight(weight, self.config, channel_dim=self.channel_dim)
-        for name, tensor in fitted.items():
-            if name != "original":
-                getattr(self, name).data = tensor
-        return fitted["original"]
-
-    def trained(self, original: Tensor) -> Tensor:
-        """The tensor that trains the codebook, given the registered ``original``."""
-        return original if self.config.assignment == "fixed" else self._tensor("centroids")
-
-    def indices_of(self, original: Tensor) -> Tensor:
-        """Indices in the weight's shape, ``uint8``: as stored, or of the nearest centroids."""
-        with torch.no_grad():
-            return self._rows(self._indices(original, self._codebook(self.trained(original))))
-
-    def codes(self, original: Tensor) -> Tensor | None:
-        """The int8 codebook, ascending; None for a float codebook."""
-        return None
-
-    def scale(self) -> Tensor | None:
-        """The positive scale of every output channel; None for a float codebook."""
-        return None
-
-    def value(self, original: Tensor) -> Tensor:
-        """The weight in memory of its own, of which nothing is kept here."""
-        return self._evaluate(original, None)
-
-    def _evaluate(self, original: Tensor, memory: Memory | None) -> Tensor:
-        codebook = self._codebook(self.trained(original))
-        indices = self._indices(original.detach(), codebook.detach())
-        if self.config.gradient == "mean":
-            ones = torch.ones((), dtype=original.dtype, device=indices.device)
-            shape = self._table(codebook.detach()).shape
-            members = self._fold(grouped_sum(ones.expand(indices.shape), indices, shape))
-            codebook = _scale_gradient(codebook, members.clamp_min(1).reciprocal())
-        through = None if self.config.assignment == "fixed" else self._rows(original)
-        return self._rows(lookup(self._table(codebook), indices, through, memory))
-
-    def _indices(self, original: Tensor, codebook: Tensor) -> Tensor:
-        """Indices with output channels first, as `lookup` wants them beside a table of rows."""
-        if self.config.assignment == "fixed":
-            return self._rows(self._tensor("indices"))
-        indices = self._nearest(self._rows(original), codebook)
-        if self.config.preserve_sparsity:
-            zero = self._index_of_zero(codebook)
-            indices = torch.where(self._rows(self._tensor("sparsity_mask")), zero, indices)
-        return indices
-
-    def _rows(self, tensor: Tensor) -> Tensor:
-        """Output channels first, and back again: the same exchange of two dimensions."""
-        return tensor if self.channel_dim == 0 else tensor.transpose(0, self.channel_dim)
-
-    def _tensor(self, name: str) -> Tensor:
-        tensor = getattr(self, name)
-        assert isinstance(tensor, Tensor)
-        return tensor
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
-
-    def _codebook(self, trained: Tensor) -> Tensor:
-        """What the trained tensor stands for; ascending where assignments are sought in it."""
-        raise NotImplementedError
-
-    def _table(self, codebook: Tensor) -> Tensor:
-        """The values that `lookup` reads: ``(k,)``, or one row for every output channel."""
-        raise NotImplementedError
-
-    def _nearest(self, rows: Tensor, codebook: Tensor) -> Tensor:
-        """Indices of the nearest values, by binary search over midpoints: O(n log k) time."""
-        raise NotImplementedError
-
-    def _index_of_zero(self, codebook: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _fold(self, counts: Tensor) -> Tensor:
-        """Members per table entry, summed to members per codebook entry."""
-        raise NotImplementedError
+from torchclust.weight.lookup import at_least_float32
 
 
 class FloatClusteredWeight(ClusteredWeight):
@@ -175,6 +44,14 @@ class FloatClusteredWeight(ClusteredWeight):
             return codebook
         by_channel = codebook.repeat_interleave(self.config.group_size or 1, 0)
         return by_channel[: self.shape[self.channel_dim]]
+
+    def bits(self) -> Tensor:
+        """Of the `members`, one codebook or many."""
+        return self._table(bits_of(self._tensor("members")))
+
+    def members_of(self, indices: Tensor, codebook: Tensor) -> Tensor:
+        """`(k,)` or `(codebooks, k)`."""
+        return self._fold(self._counts(indices, self._table(codebook)))
 
     def _nearest(self, rows: Tensor, codebook: Tensor) -> Tensor:
         if codebook.dim() == 1:
@@ -226,6 +103,17 @@ class IntegerClusteredWeight(ClusteredWeight):
     def _table(self, codebook: Tensor) -> Tensor:
         return self.scale()[:, None] * mirrored(codebook)
 
+    def bits(self) -> Tensor:
+        """Of a magnitude, and one more for the sign."""
+        bits = bits_of(self._tensor("members"))
+        bits = torch.cat([bits[1:].flip(0) + 1, bits[:1], bits[1:] + 1])
+        return bits.expand(self.shape[self.channel_dim], -1)
+
+    def members_of(self, indices: Tensor, codebook: Tensor) -> Tensor:
+        """`(h + 1,)` of the magnitudes, 0 first."""
+        counts = self._counts(indices, mirrored(codebook))
+        return torch.cat([counts[len(codebook), None], self._fold(counts[None])])
+
     def _nearest(self, rows: Tensor, codebook: Tensor) -> Tensor:
         codes = mirrored(codebook).float()
         scale = self.scale().detach().float().clamp_min(torch.finfo(torch.float32).tiny)
@@ -240,6 +128,11 @@ class IntegerClusteredWeight(ClusteredWeight):
         return total[half + 1 :] + total[:half].flip(0)
 
 
+def kind_of(config: ClusterConfig) -> type[ClusteredWeight]:
+    """Which parametrization a configuration asks for."""
+    return FloatClusteredWeight if config.codebook_dtype == "float32" else IntegerClusteredWeight
+
+
 def make_clustered_weight(
     config: ClusterConfig,
     tensors: Mapping[str, Tensor],
@@ -248,18 +141,7 @@ def make_clustered_weight(
     requires_grad: bool = True,
 ) -> ClusteredWeight:
     """The parametrization for a configuration, over tensors fitted or restored."""
-    kind = FloatClusteredWeight if config.codebook_dtype == "float32" else IntegerClusteredWeight
-    return kind(config, tensors, channel_dim=channel_dim, requires_grad=requires_grad)
-
-
-def config_from_bytes(encoded: Tensor) -> ClusterConfig:
-    """The configuration that a clustered state dict carries (``...0.config_json``)."""
-    return ClusterConfig.from_json(bytes(encoded.tolist()).decode("ascii"))
-
-
-def config_as_bytes(config: ClusterConfig) -> Tensor:
-    """Return a configuration as the uint8 tensor that state dicts hold."""
-    return torch.tensor(list(config.to_json().encode("ascii")), dtype=torch.uint8)
+    return kind_of(config)(config, tensors, channel_dim=channel_dim, requires_grad=requires_grad)
 
 
 def fit_weight(
@@ -270,44 +152,11 @@ def fit_weight(
     importance: Tensor | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Fit a weight's codebooks; pure.
-
-    Returns:
-        The tensors of a `ClusteredWeight` by name. ``original`` is what the parametrization
-        registers: the codebook with ``"fixed"``, the weight itself with ``"nearest"``.
-        ``fit_error`` is ``||weight - clustered|| / ||weight||`` as fitted, a float32 scalar.
-    """
-    kept = without_noise(weight.detach(), importance)
-    rows = kept.transpose(0, channel_dim)
-    weights = None if importance is None else importance.detach().transpose(0, channel_dim)
-    trained, indices, tensors = fit_rows(rows, config, weights, seed)
-    if config.assignment == "fixed":
-        tensors |= {"original": trained, "indices": indices.transpose(0, channel_dim).contiguous()}
-    else:
-        tensors |= {"original": kept.clone(), "centroids": trained}
-        if config.preserve_sparsity:
-            tensors["sparsity_mask"] = kept == 0
-    with torch.no_grad():
-        fitted = make_clustered_weight(config, tensors, channel_dim=channel_dim)
-        clustered = fitted.value(tensors["original"])
-    return tensors | {"fit_error": relative_error(weight.detach(), clustered)}
-
-
-def relative_error(weight: Tensor, clustered: Tensor) -> Tensor:
-    """``||weight - clustered|| / ||weight||``, a float32 scalar that no magnitude overflows."""
-    largest = weight.abs().max().clamp_min(torch.finfo(weight.dtype).tiny)  # squares overflow
-    norm: Tensor = torch.linalg.vector_norm(weight / largest, dtype=torch.float64)
-    error: Tensor = torch.linalg.vector_norm(
-        clustered / largest - weight / largest, dtype=torch.float64
-    )
-    return torch.div(error, norm.clamp_min(torch.finfo(torch.float64).tiny)).float()
+    """Fit a weight's codebooks, as `torchclust.weight.clustered.fit_as` says; pure."""
+    kind = kind_of(config)
+    return fit_as(kind, weight, config, channel_dim=channel_dim, importance=importance, seed=seed)
 
 
 def mirrored(codes: Tensor) -> Tensor:
     """Return the whole codebook of positive codes: ``-codes, 0, codes``."""
     return torch.cat([-codes.flip(0), codes.new_zeros(1), codes])
-
-
-def _scale_gradient(tensor: Tensor, factor: Tensor) -> Tensor:
-    """The same values to the bit, with the gradient multiplied."""
-    return tensor.detach() + (tensor - tensor.detach()) * factor

@@ -2,6 +2,7 @@
 
 from torchclust.zoo.data import DATASETS, fashion_mnist, image_folder, mnist5k, speech_synthetic
 from torchclust.zoo.dataset import Data, DataError, ImageArrays, loader, samples
+from torchclust.zoo.mlperf_tiny import mlperf_ad, mlperf_ic, mlperf_kws, mlperf_sww, mlperf_vww
 from torchclust.zoo.networks import (
     MODELS,
     arm_mlp,
@@ -28,6 +29,11 @@ __all__ = [
     "lenet_5",
     "lenet_300_100",
     "loader",
+    "mlperf_ad",
+    "mlperf_ic",
+    "mlperf_kws",
+    "mlperf_sww",
+    "mlperf_vww",
     "mnist5k",
     "mnist_convnet",
     "mobilenet_v1",

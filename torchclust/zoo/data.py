@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchclust.zoo.dataset import Data, DataError, ImageArrays, ImageFolder, Spectrograms
+from torchclust.zoo.pictures import cifar10, visual_wake_words
+from torchclust.zoo.recordings import fsdd, speech_commands
 
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")
 
@@ -57,6 +59,14 @@ def fashion_mnist(root: Path = FASHION_MNIST_ROOT) -> Data:
                 f"images {images.shape}, labels {labels.shape}; copy all four anew"
             )
     return _arrays(train[0][:, None], train[1], test[0][:, None], test[1])
+
+
+def mnist(root: Path) -> Data:
+    """Load MNIST, 60,000 / 10,000 digits of (1, 28, 28), from its four IDX files in `root`.
+
+    They carry their usual names, plain or with ``.gz``.
+    """
+    return fashion_mnist(root)
 
 
 def image_folder(root: Path, image_size: int = 224) -> Data:
@@ -105,7 +115,18 @@ def speech_synthetic(root: Path | None = None, download: bool = False) -> Data:
 
 
 DATASETS: dict[str, Callable[..., Data]] = {
-    load.__name__: load for load in (mnist5k, fashion_mnist, image_folder, speech_synthetic)
+    load.__name__: load
+    for load in (
+        mnist5k,
+        mnist,
+        fashion_mnist,
+        cifar10,
+        image_folder,
+        visual_wake_words,
+        speech_synthetic,
+        speech_commands,
+        fsdd,
+    )
 }
 
 
@@ -130,9 +151,9 @@ def _read_idx(root: Path, stem: str) -> NDArray[np.uint8]:
     file = next((root / name for name in (stem, stem + ".gz") if (root / name).exists()), None)
     if file is None:
         raise DataError(
-            f"{stem} (or {stem}.gz) is not in {root}. Install Debian's package:  "
-            "apt-get install dataset-fashion-mnist  — or name the folder that holds the files:  "
-            "--set data.root=/path/to/fashion-mnist"
+            f"{stem} (or {stem}.gz) is not in {root}. Name the folder that holds MNIST's or "
+            "Fashion-MNIST's four files:  --set data.root=/path/to/files  — or install Debian's "
+            "package:  apt-get install dataset-fashion-mnist"
         )
     try:
         raw = file.read_bytes()

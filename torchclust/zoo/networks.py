@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from torchclust.zoo.mlperf_tiny import mlperf_ic, mlperf_kws, mlperf_sww, mlperf_vww
+
 Shape = tuple[int, int, int]
 MNIST: Shape = (1, 28, 28)
 IMAGENET: Shape = (3, 224, 224)
@@ -277,5 +279,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         mobilenet_v1,
         mobilenet_v2,
         resnet8,
+        mlperf_kws,
+        mlperf_vww,
+        mlperf_ic,
+        mlperf_sww,
     )
 }

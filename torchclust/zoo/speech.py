@@ -46,6 +46,7 @@ from torchclust.zoo.voices import TEST_VARIANTS, TRAIN_VARIANTS, espeak_version,
 ARCHIVE_URL = "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
 ARCHIVE_SHA256 = "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"
 _RECIPE = 1  # part of the cache's name: raise it when the clips of a seed change
+FrontEnd = Callable[[Samples], Floats]  # from one second to its features
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def synthetic(n_train: int, n_test: int, seed: int, processes: int = 2) -> tuple
     return _as_parts(_cached("speech_synthetic", depends, compute))
 
 
-def recorded(root: Path, seed: int) -> tuple[Part, Part]:
+def recorded(root: Path, seed: int, front_end: FrontEnd = features) -> tuple[Part, Part]:
     """Return the training and the test set of Speech Commands v0.02 as it is unpacked in `root`.
 
     The test set is ``testing_list.txt``; what ``validation_list.txt`` names is in neither. Clips of
@@ -102,10 +103,12 @@ def recorded(root: Path, seed: int) -> tuple[Part, Part]:
         )
 
     def compute() -> dict[str, NDArray[Any]]:
-        return _as_arrays(_read_all(root, train, seed), _read_all(root, test, seed + 1))
+        parts = ((train, seed), (test, seed + 1))
+        return _as_arrays(*(_read_all(root, clips, seed, front_end) for clips, seed in parts))
 
     listed = hashlib.sha256("\n".join([*train, "", *test]).encode()).hexdigest()
-    depends = [_RECIPE, str(root.resolve()), listed, seed, front_end_version()]
+    version = front_end_version() if front_end is features else front_end.__name__
+    depends = [_RECIPE, str(root.resolve()), listed, seed, version]
     return _as_parts(_cached("speech_commands", depends, compute))
 
 
@@ -161,7 +164,9 @@ def _listed(root: Path, name: str) -> set[str]:
         ) from error
 
 
-def _read_all(root: Path, clips: Sequence[str], seed: int) -> list[tuple[Floats, int]]:
+def _read_all(
+    root: Path, clips: Sequence[str], seed: int, front_end: FrontEnd
+) -> list[tuple[Floats, int]]:
     """Return keywords as they are listed, and as many unknown words and silences as a word has."""
     rng = np.random.default_rng(seed)
     known = [clip for clip in clips if clip.partition("/")[0] in WORDS]
@@ -170,24 +175,25 @@ def _read_all(root: Path, clips: Sequence[str], seed: int) -> list[tuple[Floats,
     chosen = sorted(rng.permutation(len(others))[:share].tolist())
     named = [(clip, WORDS.index(clip.partition("/")[0])) for clip in known]
     named += [(others[i], CLASSES.index("unknown")) for i in chosen]
-    found = [(features(_second(_read_wav(root / clip))), label) for clip, label in named]
-    noises = [_read_wav(file) for file in sorted((root / "_background_noise_").glob("*.wav"))]
+    found = [(front_end(_second(read_wav(root / clip))), label) for clip, label in named]
+    noises = [read_wav(file) for file in sorted((root / "_background_noise_").glob("*.wav"))]
     if noises:
         silences = (_stretch(noises, rng) for _ in range(share))
-        found += [(features(clip), CLASSES.index("silence")) for clip in silences]
+        found += [(front_end(clip), CLASSES.index("silence")) for clip in silences]
     return found
 
 
-def _read_wav(file: Path) -> Samples:
+def read_wav(file: Path, rate: int = RATE) -> Samples:
+    """Return the samples of a recording: one channel of 16 bits at `rate`."""
     try:
         with wave.open(io.BytesIO(file.read_bytes())) as sound:
             kind = (sound.getnchannels(), sound.getsampwidth(), sound.getframerate())
             raw = sound.readframes(sound.getnframes())
     except (OSError, EOFError, wave.Error) as error:
         raise DataError(f"cannot read the recording {file}: {error}") from error
-    if kind != (1, 2, RATE):
+    if kind != (1, 2, rate):
         raise DataError(
-            f"{file} should be one channel of 16 bits at 16,000 Hz, but has "
+            f"{file} should be one channel of 16 bits at {rate:,} Hz, but has "
             f"{kind[0]} of {8 * kind[1]} bits at {kind[2]:,} Hz"
         )
     return np.frombuffer(raw, np.int16)

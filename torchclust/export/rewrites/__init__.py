@@ -6,14 +6,34 @@ rules of one kind. Every substitute computes what the operator computed, but for
 
 from __future__ import annotations
 
-from torchclust.export.rewrites import maps
+from torchclust.export.rewrites import activations, maps, pooling, resizing, transposed
+from torchclust.export.rewrites.affine import merge_affine
 from torchclust.export.rewrites.flattened import permute_flattened
 from torchclust.export.rewrites.norms import fold_batch_norm, keep_shared_values
 from torchclust.export.rewrites.traced import Traced, operator
 
-# By the operator's name, without a trailing underscore for work in place.
+# By the operator's name, without the underscore of those that work in place.
 _RULES = {
+    "abs": activations.absolute,
+    "adaptive_avg_pool2d": pooling.adaptive_avg_pool,
+    "adaptive_max_pool2d": pooling.adaptive_max_pool,
+    "amax": pooling.largest,
+    "avg_pool2d": pooling.avg_pool,
+    "clamp": activations.clamp,
+    "conv_transpose1d": transposed.conv_transpose,
+    "conv_transpose2d": transposed.conv_transpose,
+    "elu": activations.elu,
+    "hardtanh": activations.clamp,
+    "leaky_relu": activations.leaky_relu,
+    "max_pool2d": pooling.max_pool,
     "mean": maps.mean,
+    "linalg_vector_norm": maps.norm,
+    "prelu": activations.prelu,
+    "rsub": activations.reversed_difference,
+    "selu": activations.selu,
+    "std": maps.deviation,
+    "sum": maps.total,
+    "upsample_nearest2d": resizing.nearest,
 }
 
 
@@ -28,6 +48,7 @@ def rewrite(traced: Traced, *, float_file: bool) -> None:
     fold_batch_norm(traced)
     if float_file:
         keep_shared_values(traced)
+    merge_affine(traced)
     for node in traced.nodes:
         rule = _RULES.get(operator(node).rstrip("_"))
         substitute = None if rule is None or node in traced.substitutes else rule(traced, node)

@@ -1,7 +1,11 @@
-"""Averages of maps, said so that no TRANSPOSE and no CPU operator is left."""
+"""Averages of maps, and what is made of averages, so that no TRANSPOSE is left."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, fx
 
 from torchclust.export.rewrites.traced import (
@@ -38,6 +42,55 @@ def mean(traced: Traced, node: fx.Node) -> Substitute | None:
         return maps.mean((2, 3), keepdim=True).reshape(size)
 
     return average
+
+
+def total(traced: Traced, node: fx.Node) -> Substitute | None:
+    """A sum as a multiple of the mean, which int8 holds without saturating."""
+    return _of_mean(traced, node, lambda x: x, lambda y, count: y * count)
+
+
+def norm(traced: Traced, node: fx.Node) -> Substitute | None:
+    """The root of the mean square times the count."""
+    if float(arguments(node).get("ord", 2)) != 2:
+        return None
+    return _of_mean(traced, node, lambda x: x * x, lambda y, count: torch.sqrt(y * count))
+
+
+def _of_mean(
+    traced: Traced,
+    node: fx.Node,
+    inside: Callable[[Tensor], Tensor],
+    outside: Callable[[Tensor, float], Tensor],
+) -> Substitute | None:
+    """A function of the mean of a function of ``x``, over the operator's axes."""
+    before = shape(source(node))
+    if not before or len(node.args) < 1:
+        return None
+    axes, size = _axes(node), shape(node)
+    count = float(math.prod(before[axis] for axis in axes))
+
+    def reduced(x: Tensor, *_: object, **__: object) -> Tensor:
+        return outside(inside(x).mean(axes, keepdim=True).reshape(size), count)
+
+    return reduced
+
+
+def deviation(traced: Traced, node: fx.Node) -> Substitute | None:
+    """The root of the mean squared distance from the mean."""
+    before, axes, size = shape(source(node)), _axes(node), shape(node)
+    given = arguments(node)
+    count = math.prod(before[axis] for axis in axes)
+    correction = given.get("correction", 1 if given.get("unbiased", True) else 0)
+    divisor = count - float(1 if correction is None else correction)
+    if divisor <= 0:
+        return None
+
+    def deviation(x: Tensor, *_: object, **__: object) -> Tensor:
+        distance = x - x.mean(axes, keepdim=True)
+        mean = (distance * distance).mean(axes, keepdim=True)
+        return torch.sqrt(mean.reshape(size) * (count / divisor))
+
+    return deviation
 
 
 def _axes(node: fx.Node | None) -> list[int]:

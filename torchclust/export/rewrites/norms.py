@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from torchclust.export.rewrites.affine import depthwise
 from torchclust.export.rewrites.traced import (
     Substitute,
     Traced,
@@ -54,12 +55,6 @@ def keep_shared_values(traced: Traced) -> None:
             ones = weight.new_ones(len(weight), 1, 1, 1)
             scale, shift = fuse_conv_bn_weights(ones, None, *_statistics(traced, norm))
             traced.substitutes[norm] = depthwise(traced, scale, shift)
-
-
-def depthwise(traced: Traced, scale: Tensor, shift: Tensor) -> Substitute:
-    """A function of a map: a factor and an addend per channel, as a depthwise 1x1 convolution."""
-    weight, bias = traced.constant(scale.reshape(-1, 1, 1, 1)), traced.constant(shift)
-    return lambda x, *_: nn.functional.conv2d(x, weight(), bias(), groups=x.shape[1])
 
 
 def _with_parameters(traced: Traced, conv: fx.Node, weight: Tensor, bias: Tensor) -> Substitute:

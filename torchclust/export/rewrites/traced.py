@@ -55,6 +55,7 @@ class Traced:
         for number, (node, name) in enumerate(self._lifted.items()):
             self.constants.register_buffer(f"lifted_{number}", program.constants[name].detach())
             self._lifted[node] = f"lifted_{number}"
+        self._fixed = self._constants()
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -73,7 +74,29 @@ class Traced:
         if name is not None:
             return _get(self.model, name, self.program)
         lifted = self._lifted.get(node.name)
-        return None if lifted is None else self.constants.get_buffer(lifted)
+        if lifted is not None:
+            return self.constants.get_buffer(lifted)
+        return self._computed(node) if node in self._fixed else None
+
+    def _computed(self, node: fx.Node) -> Tensor | None:
+        """A constant that the model computes of constants, such as a view of a buffer."""
+        values = {n: self.value(n) for n in node.all_input_nodes}
+        if any(v is None for v in values.values()) or not callable(node.target):
+            return None
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        value = node.target(*args, **kwargs)
+        return value if isinstance(value, Tensor) else None
+
+    def _constants(self) -> set[fx.Node]:
+        """Operators that depend on no input of the model."""
+        found: set[fx.Node] = set()
+        for node in self.program.graph.nodes:
+            named = node.name in self._names or node.name in self._lifted
+            inputs = node.all_input_nodes
+            made = node.op == "call_function" and inputs and all(n in found for n in inputs)
+            if named or made:
+                found.add(node)
+        return found
 
     def constant(self, value: Tensor) -> Callable[[], Tensor]:
         """Keep a tensor for a substitute, which gets it by calling what is returned."""
@@ -83,30 +106,61 @@ class Traced:
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Compute the model's outputs, flat, with the substitutes in place."""
-        given = dict(zip(self.program.graph_signature.user_inputs, inputs, strict=True))
-        values = [
-            given[node.name] if node.name in given else self.value(node)
-            for node in self.program.graph.nodes
-            if node.op == "placeholder"
-        ]
         with traceback.preserve_node_meta():
-            outputs = _Running(self).run(*values, enable_io_processing=False)
+            outputs = self._run(_Running(self.program.graph_module, self.substitutes), inputs)
         wanted = self.program.graph_signature.user_outputs
         (returned,) = (n for n in self.program.graph.nodes if n.op == "output")
         names = [n.name if isinstance(n, fx.Node) else None for n in returned.args[0]]
         kept = [y for name, y in zip(names, outputs, strict=True) if name in wanted]
         return tuple(y for y in kept if isinstance(y, Tensor))
 
+    def maps_out(self) -> tuple[bool, ...]:
+        """For every tensor that the model returns, whether it is a map with its channels first."""
+        (returned,) = (n for n in self.program.graph.nodes if n.op == "output")
+        tensors = [n for n in returned.args[0] if shape(n)]
+        return tuple(
+            len(shape(n)) > 3 or (len(shape(n)) == 3 and is_channels_last(self, n)) for n in tensors
+        )
+
+    def values(self, inputs: Sequence[Tensor]) -> dict[fx.Node, Tensor]:
+        """Every operator's own result, without substitutes."""
+        seen: dict[fx.Node, Tensor] = {}
+        self._run(_Running(self.program.graph_module, {}, seen), inputs)
+        return seen
+
+    def _run(self, running: _Running, inputs: Sequence[Tensor]) -> Any:
+        given = dict(zip(self.program.graph_signature.user_inputs, inputs, strict=True))
+        values = [
+            given[node.name] if node.name in given else self.value(node)
+            for node in self.program.graph.nodes
+            if node.op == "placeholder"
+        ]
+        return running.run(*values, enable_io_processing=False)
+
 
 class _Running(fx.Interpreter):
-    """One run of a trace. Operators that work in place give their result to every alias."""
+    """One run of a trace. Operators that work in place give their result to every alias.
 
-    def __init__(self, traced: Traced) -> None:
-        super().__init__(traced.program.graph_module)
-        self._substitutes = traced.substitutes
+    ``seen`` gets each operator's result.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        substitutes: Mapping[fx.Node, Substitute],
+        seen: dict[fx.Node, Tensor] | None = None,
+    ) -> None:
+        super().__init__(module)
+        self._substitutes, self._seen = substitutes, seen
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one operator, or its substitute."""
+        value = self._computed(n)
+        if self._seen is not None and n.op == "call_function" and isinstance(value, Tensor):
+            self._seen[n] = value.clone()
+        return value
+
+    def _computed(self, n: fx.Node) -> Any:
         substitute = self._substitutes.get(n)
         if substitute is None:
             return super().run_node(n)
@@ -178,6 +232,23 @@ def flattened_pixels(node: fx.Node | None) -> fx.Node | None:
     whole = shape(before)
     is_map = len(whole) == 4 and shape(node) == (*whole[:2], whole[2] * whole[3])
     return before if is_map else None
+
+
+def is_nonnegative(node: fx.Node | None) -> bool:
+    """Whether nothing below zero can come from an operator, as behind a ReLU."""
+    while operator(node) in ("dropout", "clone", "contiguous", "max_pool2d", "avg_pool2d"):
+        node = source(node)
+    if operator(node) in ("hardtanh", "hardtanh_"):
+        return node is not None and float(arguments(node)["min_val"]) >= 0
+    return operator(node) in (
+        "relu",
+        "relu_",
+        "relu6",
+        "relu6_",
+        "sigmoid",
+        "hardsigmoid",
+        "softmax",
+    )
 
 
 def identity(x: Tensor, *_: object, **__: object) -> Tensor:

@@ -1,0 +1,131 @@
+"""A float file that computes something else is refused, and the guilty operator named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from torchclust import cluster_
+from torchclust.export import ExportError, rewrites, to_tflite
+from torchclust.export.rewrites.traced import Substitute, Traced
+
+X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def wrong(traced: Traced, node: fx.Node) -> Substitute:
+    """A sine that is none, as an error of the converter would be."""
+    return lambda x: torch.sigmoid(x) * 2
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.good, self.bad = nn.Tanh(), Sine()
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(torch.cat([self.good(x), self.bad(x)], 1))
+
+
+class Sine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x)
+
+
+@pytest.mark.parametrize("float_file", [True, False])
+def test_the_first_wrong_operator_is_named(
+    float_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rewrites._RULES, "sin", wrong)
+    match = r"agrees with torch to .* dB only, .* aten.sin.default in module 'bad'"
+    with pytest.raises(ExportError, match=match):
+        to_tflite(Branches(), X, tmp_path / "a", calibration=[X], float=float_file)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_are_noise_warn_with_their_layer(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
+    x = X.clone()
+    x[0, 0, 0, 0] = 3e4  # one dead pixel stretches the range of all others
+    match = r"agree with the float model's to .* dB only. It happens at '.*', from .* to .* dB"
+    with pytest.warns(UserWarning, match=match):
+        to_tflite(model, X, tmp_path / "a", calibration=[x])
+
+
+def test_a_state_that_is_always_zero_gets_a_range(tmp_path: Path) -> None:
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.Linear(12, 8)
+
+        def forward(self, x: Tensor, state: Tensor) -> Tensor:
+            return torch.tanh(self.cell(torch.cat([x, state], 1)))
+
+    x, zeros = torch.randn(16, 4), torch.zeros(16, 8)
+    match = r"1 of the model's tensors are zero for all calibration data, input '.*' the first"
+    with pytest.warns(UserWarning, match=match):
+        result = to_tflite(Cell(), (x, zeros), tmp_path / "a", calibration=[(x, zeros)])
+    assert result.sqnr_db is not None
+    assert result.sqnr_db > 25
+    assert 0.5 < result.inputs[1].scale * 127 < 2
+
+
+def test_integer_outputs_stay_outside(tmp_path: Path) -> None:
+    class Largest(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.argmax(1)
+
+    with pytest.raises(ExportError, match=r"output 0 holds torch.int64 made by 'argmax', which"):
+        to_tflite(Largest(), X, tmp_path / "a", calibration=[X])
+
+
+def test_a_branch_times_zero_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+            self.head = nn.Conv2d(3, 8, 1)
+            nn.init.zeros_(self.norm.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + self.norm(self.conv(x)))
+
+    model = cluster_(Residual(), 4, codebook_dtype="int8")
+    with pytest.warns(UserWarning, match=r"'conv.weight' is not in the file: what it computes"):
+        result = to_tflite(model, X, tmp_path / "a", calibration=[X])
+    assert [row.parameter for row in result.tensors] == ["head.weight"]
+
+
+class Words(nn.Sequential):
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Embedding(50, 16), nn.Flatten(), nn.Linear(96, 4))
+
+
+@pytest.mark.parametrize("clusters", [None, 8])
+def test_tflite_micro_reads_tables_of_embeddings(clusters: int | None, tmp_path: Path) -> None:
+    model: nn.Module = Words()
+    with torch.no_grad():
+        model[0].weight *= torch.rand(50, 1) * 4  # type: ignore[index]
+    words = torch.randint(0, 50, (16, 6))
+    if clusters:
+        cluster_(model, clusters)
+    result = to_tflite(model, words, tmp_path / "a", calibration=[words])
+    assert result.micro_difference == 0
+    assert all(row.codes_match for row in result.tensors)
+    assert result.sqnr_db is not None
+    assert result.sqnr_db > 25
+
+
+def test_tables_that_tflite_micro_misreads_warn(tmp_path: Path) -> None:
+    words = torch.randint(0, 50, (16, 6))
+    model = cluster_(Words(), 8, codebook_dtype="int8")
+    with pytest.warns(UserWarning, match=r"tflite-micro answers otherwise than LiteRT .*\bfloat"):
+        result = to_tflite(model, words, tmp_path / "a", calibration=[words])
+    assert result.micro_difference is not None
+    assert result.micro_difference > 2

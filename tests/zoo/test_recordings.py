@@ -1,0 +1,113 @@
+"""MFCCs as the reference makes them, the two layouts of Speech Commands, and spoken digits."""
+
+from __future__ import annotations
+
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from torchclust.zoo.dataset import DataError
+from torchclust.zoo.keywords import CLASSES
+from torchclust.zoo.mfcc import mfcc
+from torchclust.zoo.recordings import LABELS, fsdd, speech_commands
+
+
+def write_wav(file: Path, samples: np.ndarray, rate: int) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(file), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(rate)
+        sound.writeframes(samples.astype(np.int16).tobytes())
+
+
+def tone(hertz: float, rate: int = 16000, seconds: float = 1.0) -> np.ndarray:
+    at = np.arange(int(rate * seconds)) / rate
+    return (8000 * np.sin(2 * np.pi * hertz * at)).astype(np.int16)
+
+
+def test_mfcc_of_a_tone_undone_peaks_in_its_band() -> None:
+    """The formulas, written out for one frame: window, spectrum, triangles, logarithm, cosines."""
+    clip = tone(1000)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(480) / 480)
+    spectrum = np.abs(np.fft.rfft(clip[320:800] / clip.max() * window, 512))
+    mel = [1127 * np.log(1 + f / 700) for f in (20, 4000)]
+    edges = [mel[0] + (mel[1] - mel[0]) * i / 41 for i in range(42)]
+    bands = []
+    for low, centre, high in zip(edges, edges[1:], edges[2:], strict=False):
+        total = 0.0
+        for k in range(1, 257):
+            at = 1127 * np.log(1 + k * 16000 / 512 / 700)
+            total += (
+                max(0, min((at - low) / (centre - low), (high - at) / (high - centre)))
+                * spectrum[k]
+            )
+        bands.append(np.log(total + 1e-6))
+    expected = [
+        np.sqrt(2 / 40) * sum(b * np.cos(np.pi / 40 * (j + 0.5) * i) for j, b in enumerate(bands))
+        for i in range(10)
+    ]
+    np.testing.assert_allclose(mfcc(clip)[1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mfcc_takes_any_length_and_loudness() -> None:
+    clip = tone(440)
+    np.testing.assert_allclose(mfcc(clip), mfcc(2 * clip), atol=1e-4)
+    assert mfcc(clip[:5000]).shape == mfcc(np.tile(clip, 2)).shape == (49, 10)
+    silent = mfcc(clip[:5000])[20:]
+    none = np.broadcast_to(mfcc(np.zeros(1, np.int16))[0], (29, 10))
+    np.testing.assert_allclose(silent, none, atol=1e-5)
+
+
+def test_speech_commands_from_arrays(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).normal(size=(10, 49, 10)).astype(np.float32)
+    split = np.array(list("aabbaabbab"))
+    np.savez(tmp_path / "mfcc.npz", mfcc=features, label=np.arange(10), split=split)
+    data = speech_commands(tmp_path)
+    assert (len(data.train), len(data.test), data.n_classes) == (5, 5, 12)
+    assert data.input_shape == (1, 49, 10)
+    assert torch.equal(data.test[[0]][0][0, 0], torch.from_numpy(features[2]))
+    assert data.test.labels.tolist() == [2, 3, 6, 7, 9]
+    (tmp_path / "mfcc.npz").write_bytes(b"none")
+    with pytest.raises(DataError, match=r"speech_commands: cannot read .*; copy it anew"):
+        speech_commands(tmp_path)
+
+
+def test_speech_commands_as_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root, testing = tmp_path / "speech", []
+    for word in ("yes", "go", "marvin"):
+        for number in range(3):
+            write_wav(root / word / f"{number}.wav", tone(200 + 100 * number), 16000)
+        testing.append(f"{word}/2.wav")
+    write_wav(root / "_background_noise_" / "hum.wav", tone(50, seconds=2), 16000)
+    (root / "testing_list.txt").write_text("\n".join(testing))
+    (root / "validation_list.txt").write_text("yes/1.wav\n")
+    data = speech_commands(root)
+    names = [LABELS[i] for i in data.test.labels.tolist()]
+    assert names == ["go", "yes", "unknown", "silence"]
+    np.testing.assert_array_equal(data.test.features[0, 0], mfcc(tone(400)))
+    assert sorted(LABELS) == sorted(CLASSES)
+
+
+def test_speech_commands_missing(tmp_path: Path) -> None:
+    message = r"holds neither mfcc\.npz nor testing_list\.txt; .*--set data\.root="
+    with pytest.raises(DataError, match=message):
+        speech_commands(tmp_path)
+
+
+def test_spoken_digits(tmp_path: Path) -> None:
+    for name in ("0_ann_4", "0_ann_5", "7_ben_0", "9_ben_49"):
+        write_wav(tmp_path / "recordings" / f"{name}.wav", tone(300, rate=8000, seconds=0.4), 8000)
+    data = fsdd(tmp_path)
+    assert data.train.labels.tolist() == [0, 9]
+    assert data.test.labels.tolist() == [0, 7]
+    assert (data.input_shape, data.n_classes) == ((1, 49, 10), 10)
+    # The doubled recording is the same tone: the first second's features agree but for the ends.
+    np.testing.assert_allclose(data.test.features[0, 0, 5], mfcc(tone(300))[5], atol=1.5)
+    assert torch.equal(fsdd(tmp_path / "recordings").train.features, data.train.features)
+    with pytest.raises(DataError, match=r"no DIGIT_SPEAKER_NUMBER\.wav in .*--set data\.root="):
+        fsdd(tmp_path / "nothing")

@@ -1,0 +1,61 @@
+"""Names of a file's inputs and outputs: those of the model's own arguments and results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree
+
+from torchclust.export.container import pack, unpack
+
+
+def input_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
+    """The arguments' names, in the order of the trace."""
+    return tuple(str(name) for name in program.graph_signature.user_inputs)
+
+
+def output_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
+    """For each tensor that the model returns, the keys and places that lead to it.
+
+    A single tensor is ``output``, the items of a tuple ``output_0`` and so on; those of a dict have
+    its keys.
+    """
+    (returned,) = (node for node in program.graph.nodes if node.op == "output")
+    tree = _pytree.tree_unflatten(list(returned.args[0]), program.call_spec.out_spec)
+    paths, _ = _pytree.tree_flatten_with_path(tree)
+    return tuple(_name(path) for path, node in paths if _is_tensor(node))
+
+
+def with_names(content: bytes, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
+    """The same file with these names, in its tensors and in its signature."""
+    model = unpack(content)
+    main = model.subgraphs[0]
+    for indices, names in ((main.inputs, inputs), (main.outputs, outputs)):
+        for index, name in zip(indices, names, strict=True):
+            taken = {bytes(t.name or b"") for t in main.tensors}
+            if name.encode() not in taken:
+                main.tensors[int(index)].name = name.encode()
+    for signature in model.signatureDefs or ():
+        _rename(signature.inputs, main.inputs, inputs)
+        _rename(signature.outputs, main.outputs, outputs)
+    return pack(model, len(content))
+
+
+def _rename(entries: Any, indices: Any, names: Sequence[str]) -> None:
+    by_index = {int(i): name for i, name in zip(indices, names, strict=True)}
+    for entry in entries or ():
+        entry.name = by_index.get(int(entry.tensorIndex), bytes(entry.name).decode()).encode()
+
+
+def _name(path: Sequence[Any]) -> str:
+    keys = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
+    if keys and not keys[0].isdigit():
+        return "_".join(keys)
+    return "_".join(["output", *keys])
+
+
+def _is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)

@@ -1,0 +1,88 @@
+"""Activation functions that the quantizer leaves in float, by those that it takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from torchclust.export.rewrites.affine import depthwise
+from torchclust.export.rewrites.traced import Substitute, Traced, arguments, shape
+
+
+def leaky_relu(traced: Traced, node: fx.Node) -> Substitute | None:
+    """The larger of ``x`` and ``slope * x``."""
+    slope = float(arguments(node)["negative_slope"])
+    if slope > 1:
+        return None
+    return lambda x, *_, **__: torch.maximum(x, x * slope)
+
+
+def prelu(traced: Traced, node: fx.Node) -> Substitute | None:
+    """The larger of a map and the map times a slope per channel, a depthwise 1x1 convolution."""
+    slopes = traced.value(arguments(node)["weight"])
+    if slopes is None or bool((slopes > 1).any()):
+        return None
+    if slopes.numel() == 1:
+        slope = float(slopes)
+        return lambda x, *_, **__: torch.maximum(x, x * slope)
+    if len(shape(node)) != 4:
+        return None
+    scaled = depthwise(traced, slopes, torch.zeros_like(slopes))
+    return lambda x, *_, **__: torch.maximum(x, scaled(x))
+
+
+def clamp(traced: Traced, node: fx.Node) -> Substitute | None:
+    """``high - relu(high - x)`` for the upper end: the quantizer knows no MINIMUM.
+
+    The converter gets two differences with the constant in front wrong, hence the factors.
+    """
+    given = arguments(node)
+    low = given.get("min_val", given.get("min"))
+    high = given.get("max_val", given.get("max"))
+    numbers = all(isinstance(v, (int, float, type(None))) for v in (low, high))
+    if not numbers or (low, high) in ((0, 6), (-1, 1)):  # ReLU6 and its kin fuse
+        return None
+
+    def clamp(x: Tensor, *_: object, **__: object) -> Tensor:
+        if low is not None:
+            x = torch.relu(x) if low == 0 else torch.maximum(x, x.new_full((1,), low))
+        return x if high is None else torch.relu(x * -1.0 + high) * -1.0 + high
+
+    return clamp
+
+
+def elu(traced: Traced, node: fx.Node) -> Substitute | None:
+    """``relu(x) + alpha * (exp(min(x, 0)) - 1)``."""
+    given = arguments(node)
+    if (given["scale"], given["input_scale"]) != (1, 1):
+        return None
+    return _exponential(float(given["alpha"]), 1.0)
+
+
+def selu(traced: Traced, node: fx.Node) -> Substitute:
+    """ELU with the two constants that make a network normalize itself."""
+    return _exponential(1.6732632423543772, 1.0507009873554805)
+
+
+def _exponential(alpha: float, scale: float) -> Substitute:
+    def elu(x: Tensor, *_: object, **__: object) -> Tensor:
+        above = torch.relu(x)
+        below = torch.exp(x - above) - 1.0
+        below = below if alpha * scale == 1 else below * (alpha * scale)
+        return (above if scale == 1 else above * scale) + below
+
+    return elu
+
+
+def absolute(traced: Traced, node: fx.Node) -> Substitute:
+    """The larger of ``x`` and ``-x``."""
+    return lambda x, *_, **__: torch.maximum(x, x * -1.0)
+
+
+def reversed_difference(traced: Traced, node: fx.Node) -> Substitute | None:
+    """``c - x`` as ``-1 * x + c``: the converter gets two of the former in a row wrong."""
+    given = arguments(node)
+    if not isinstance(given["other"], (int, float)):
+        return None
+    factor, addend = -float(given["alpha"]), float(given["other"])
+    return lambda x, *_, **__: x * factor + addend

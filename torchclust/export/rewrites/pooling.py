@@ -1,0 +1,168 @@
+"""Poolings whose edges the converter gets wrong, or leaves to the CPU.
+
+It pads a MaxPool with minus infinity, which no int8 tensor holds, and computes an average that
+leaves its padding out with operators that no accelerator has. Both are poolings without padding of
+a map that was widened before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from torchclust.export.rewrites.traced import (
+    Substitute,
+    Traced,
+    arguments,
+    is_nonnegative,
+    shape,
+    source,
+)
+
+Edges = tuple[tuple[int, int], tuple[int, int]]
+
+
+def max_pool(traced: Traced, node: fx.Node) -> Substitute | None:
+    """Widen the map by its outermost pixels, which changes no maximum, then pool."""
+    given = arguments(node)
+    kernel, stride = _window(given)
+    edges = _edges(node, kernel, stride, _pair(given["padding"]))
+    is_map = len(shape(source(node))) == 4 and _pair(given["dilation"]) == (1, 1)
+    if not is_map or edges == ((0, 0), (0, 0)) or edges == _same(node, kernel, stride):
+        return None
+    zeros_do = is_nonnegative(source(node))
+
+    def pool(x: Tensor, *_: object, **__: object) -> Tensor:
+        return F.max_pool2d(
+            _zeros_around(x, edges) if zeros_do else widened(x, edges), kernel, stride
+        )
+
+    return pool
+
+
+def avg_pool(traced: Traced, node: fx.Node) -> Substitute | None:
+    """Average over the widened map, then undo the count of the pixels that were added."""
+    given, before = arguments(node), shape(source(node))
+    kernel, stride = _window(given)
+    edges = _edges(node, kernel, stride, _pair(given["padding"]))
+    if len(before) != 4 or (edges == ((0, 0), (0, 0)) and not given["divisor_override"]):
+        return None
+    ones = torch.ones(1, 1, *before[2:])
+    mine = F.avg_pool2d(_zeros_around(ones, edges), kernel, stride)
+    target = node.target
+    assert callable(target)
+    ratio = target(ones, *node.args[1:], **node.kwargs) / mine
+    plain = not given["divisor_override"] and not given["count_include_pad"]
+    if plain and edges == _same(node, kernel, stride):
+        return None  # the converter's own way, AVERAGE_POOL_2D
+    factor = float(ratio[0, 0, 0, 0])
+    uniform = bool((ratio == factor).all())
+    weights = traced.constant(ratio)
+
+    def pool(x: Tensor, *_: object, **__: object) -> Tensor:
+        y = F.avg_pool2d(_zeros_around(x, edges), kernel, stride)
+        if uniform:
+            return y if factor == 1 else y * factor
+        return y * weights()
+
+    return pool
+
+
+def adaptive_avg_pool(traced: Traced, node: fx.Node) -> Substitute | None:
+    """Ordinary poolings where sizes divide; else averages of stretches of rows, of columns."""
+    before, after = shape(source(node)), shape(node)
+    if len(before) != 4 or after[2:] == (1, 1):
+        return None
+    if before[2:] == after[2:]:
+        return lambda x, *_, **__: x
+    if before[2] % after[2] == 0 and before[3] % after[3] == 0:
+        kernel = [before[2] // after[2], before[3] // after[3]]
+        return lambda x, *_, **__: F.avg_pool2d(x, kernel)
+
+    def pool(x: Tensor, *_: object, **__: object) -> Tensor:
+        rows = [x[:, :, a:b].mean(2, keepdim=True) for a, b in _stretches(before[2], after[2])]
+        y = torch.cat(rows, 2)
+        columns = [
+            y[:, :, :, a:b].mean(3, keepdim=True) for a, b in _stretches(before[3], after[3])
+        ]
+        return torch.cat(columns, 3)
+
+    return pool
+
+
+def adaptive_max_pool(traced: Traced, node: fx.Node) -> Substitute | None:
+    """An ordinary pooling where sizes divide."""
+    before = shape(source(node))
+    value = node.meta.get("val")
+    after = tuple(value[0].shape) if isinstance(value, (tuple, list)) else ()
+    if len(before) != 4 or before[2] % after[2] or before[3] % after[3]:
+        return None
+    kernel = [before[2] // after[2], before[3] // after[3]]
+    return lambda x, *_, **__: (F.max_pool2d(x, kernel), None)
+
+
+def largest(traced: Traced, node: fx.Node) -> Substitute | None:
+    """The maximum over all pixels as a pooling."""
+    before, after = shape(source(node)), shape(node)
+    axes = sorted(axis % len(before) for axis in arguments(node)["dim"])
+    if len(before) != 4 or axes != [2, 3]:
+        return None
+    return lambda x, *_, **__: F.max_pool2d(x, before[2:]).reshape(after)
+
+
+def widened(x: Tensor, edges: Edges) -> Tensor:
+    """Repeat the outermost rows and columns."""
+    for axis, (begin, end) in zip((2, 3), edges, strict=True):
+        if begin or end:
+            first, last = x.narrow(axis, 0, 1), x.narrow(axis, x.shape[axis] - 1, 1)
+            x = torch.cat([first] * begin + [x] + [last] * end, axis)
+    return x
+
+
+def _zeros_around(x: Tensor, edges: Edges) -> Tensor:
+    (top, bottom), (left, right) = edges
+    return F.pad(x, (left, right, top, bottom)) if any((top, bottom, left, right)) else x
+
+
+def _edges(
+    node: fx.Node, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Edges:
+    """How many rows and columns the windows reach beyond the map: before it, after it."""
+    value = node.meta["val"]
+    after = (value[0] if isinstance(value, (tuple, list)) else value).shape[2:]
+    reach = [
+        (p, max(0, (m - 1) * s + k - n - p))
+        for n, m, k, s, p in zip(
+            shape(source(node))[2:], after, kernel, stride, padding, strict=False
+        )
+    ]
+    return (reach[0], reach[1]) if len(reach) == 2 else ((0, 0), (0, 0))
+
+
+def _same(node: fx.Node, kernel: Sequence[int], stride: Sequence[int]) -> Edges:
+    """What TFLite's SAME padding adds."""
+    found = []
+    for n, k, s in zip(shape(source(node))[2:], kernel, stride, strict=False):
+        total = max(0, (math.ceil(n / s) - 1) * s + k - n)
+        found.append((total // 2, total - total // 2))
+    return (found[0], found[1])
+
+
+def _window(given: dict[str, object]) -> tuple[tuple[int, int], tuple[int, int]]:
+    kernel = _pair(given["kernel_size"])
+    return kernel, _pair(given["stride"] or kernel)
+
+
+def _pair(value: object) -> tuple[int, int]:
+    """Torch's one or two numbers."""
+    numbers = [value] if isinstance(value, int) else list(value)  # type: ignore[call-overload]
+    return int(numbers[0]), int(numbers[-1])
+
+
+def _stretches(size: int, parts: int) -> list[tuple[int, int]]:
+    """Torch's parts of an axis: they overlap where sizes do not divide."""
+    return [(i * size // parts, -((-(i + 1) * size) // parts)) for i in range(parts)]

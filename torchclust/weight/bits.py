@@ -1,0 +1,58 @@
+"""What an index costs while a weight trains: a running count of members, and the price of a bit.
+
+With ``rate`` a `ClusteredWeight` that assigns anew holds, as buffers in the state dict:
+
+- ``members``: how many weights each centroid (int8: each magnitude, 0 first) has had of late;
+- ``bit_price``: the rate in squared units of the weight;
+- ``price_share``: how much of the price is charged at present, from 0 to 1.
+
+A centroid's bits are those that an adaptive coder pays, half a member more than it has
+(Krichevsky and Trofimov 1981): a centroid without members is dear, not impossible.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchclust.fitting.nearest import count_below, count_below_in_rows
+from torchclust.weight.lookup import lookup
+
+RECENT = 0.1  # the share of the present counts in the running ones
+
+
+def price_tensors(rows: Tensor, rate: float, members: Tensor) -> dict[str, Tensor]:
+    """The buffers of a weight just fitted; the whole price is charged."""
+    variance = rows.double().var(correction=0)
+    return {
+        "members": members.float(),
+        "bit_price": (rate * variance).float(),
+        "price_share": torch.ones((), device=rows.device),
+    }
+
+
+def bits_of(members: Tensor) -> Tensor:
+    """`(..., k)` bits of an index of each centroid."""
+    total = members.sum(-1, keepdim=True) + members.shape[-1] / 2
+    return (total / (members + 0.5)).log2()
+
+
+def slopes_of_bits(rows: Tensor, table: Tensor, bits: Tensor) -> Tensor:
+    """By how many bits each weight's expected cost grows when the weight does.
+
+    Under dither as wide as a cell the expected bits of a weight between two centroids are those of
+    the two, interpolated; so this is the gradient of the expected bits under a smooth density.
+
+    Args:
+        rows: the weights, output channels first.
+        table: `(k,)` or `(rows, k)` ascending centroids.
+        bits: `(..., k)` of their indices.
+    """
+    gap = table.diff(dim=-1).clamp_min(64 * torch.finfo(table.dtype).tiny)
+    slopes = bits.diff(dim=-1) / gap
+    if slopes.shape[-1] == 0:
+        return torch.zeros_like(rows)
+    inner = table[..., 1:-1]
+    if slopes.dim() == 1:
+        return lookup(slopes, count_below(rows, inner))
+    return lookup(slopes, count_below_in_rows(rows, inner))

@@ -1,0 +1,257 @@
+"""What every clustered weight has in common: what is stored, what trains, when it is looked up.
+
+Contract: see `torchclust.weight.parametrization`, which says what a codebook is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchclust.fitting.nearest import (
+    count_below,
+    count_below_in_rows,
+    priced_midpoints,
+)
+from torchclust.fitting.worth import without_noise
+from torchclust.weight.bits import RECENT, price_tensors, slopes_of_bits
+from torchclust.weight.codebooks import fit_rows, relative_error
+from torchclust.weight.config import ClusterConfig, config_as_bytes
+from torchclust.weight.evaluation_cache import EvaluationCache
+from torchclust.weight.lookup import Memory, at_least_float32, grouped_sum, lookup
+
+_PARAMETERS = ("centroids", "relative_scale")
+
+
+class ClusteredWeight(nn.Module):
+    """A weight as codebook and indices; subclasses say what a codebook is.
+
+    Args:
+        config: how the weight is clustered.
+        tensors: ``original`` and the other tensors of its state dict, as `fit_as` makes them.
+        channel_dim: the weight's output-channel dimension: 1 for ConvTranspose, else 0.
+        requires_grad: whether the codebook trains.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        tensors: Mapping[str, Tensor],
+        *,
+        channel_dim: int = 0,
+        requires_grad: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.channel_dim = channel_dim
+        self.shape = tensors["indices" if config.assignment == "fixed" else "original"].shape
+        self.first_original: Tensor | None = tensors["original"]
+        self._cached: EvaluationCache | None = None
+        self._memory = Memory()
+        for name, tensor in tensors.items():
+            if name in _PARAMETERS:
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad))
+            elif name not in ("original", "config_json"):
+                self.register_buffer(name, tensor)
+        self.register_buffer("config_json", config_as_bytes(config).to(tensors["original"].device))
+
+    def forward(self, original: Tensor) -> Tensor:
+        """The weight. Without gradients the last result is returned while nothing has changed."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if self._cached is not None:  # assigning to a module's attribute takes its time
+                self._cached = None
+            return self._evaluate(original, self._memory)
+        sources = [original, *self._parameters.values(), *self._buffers.values()]
+        tensors = [tensor for tensor in sources if tensor is not None]
+        if self._cached is None or not self._cached.holds(tensors):
+            self._cached = None  # not two values at a time, nor the last step's
+            self._memory = Memory()
+            self._cached = EvaluationCache(self.value(original), tensors)
+        return self._cached.value
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Assigning to ``module.weight`` fits anew; registering keeps the first fit."""
+        if self.first_original is not None:
+            return self.first_original
+        fitted = fit_as(type(self), weight, self.config, channel_dim=self.channel_dim)
+        for name, tensor in fitted.items():
+            if name != "original":
+                getattr(self, name).data = tensor
+        return fitted["original"]
+
+    def trained(self, original: Tensor) -> Tensor:
+        """The tensor that trains the codebook, given the registered ``original``."""
+        return original if self.config.assignment == "fixed" else self._tensor("centroids")
+
+    def indices_of(self, original: Tensor) -> Tensor:
+        """Indices in the weight's shape, ``uint8``: as stored, or of the nearest centroids."""
+        with torch.no_grad():
+            return self._rows(self._indices(original, self._codebook(self.trained(original))))
+
+    def codes(self, original: Tensor) -> Tensor | None:
+        """The int8 codebook, ascending; None for a float codebook."""
+        return None
+
+    def scale(self) -> Tensor | None:
+        """The positive scale of every output channel; None for a float codebook."""
+        return None
+
+    def value(self, original: Tensor) -> Tensor:
+        """The weight in memory of its own, of which nothing is kept here."""
+        return self._evaluate(original, None)
+
+    def _evaluate(self, original: Tensor, memory: Memory | None) -> Tensor:
+        codebook = self._codebook(self.trained(original))
+        indices = self._indices(original.detach(), codebook.detach())
+        if self.config.gradient == "mean":
+            members = self._fold(self._counts(indices, self._table(codebook.detach())))
+            members = members.to(original.dtype)
+            codebook = _scale_gradient(codebook, members.clamp_min(1).reciprocal())
+        through = None if self.config.assignment == "fixed" else self._rows(original)
+        return self._rows(lookup(self._table(codebook), indices, through, memory))
+
+    def _indices(self, original: Tensor, codebook: Tensor) -> Tensor:
+        """Indices with output channels first, as `lookup` wants them beside a table of rows."""
+        if self.config.assignment == "fixed":
+            return self._rows(self._tensor("indices"))
+        find = self._cheapest if self.is_priced else self._nearest
+        indices = find(self._rows(original), codebook)
+        if self.config.preserve_sparsity:
+            zero = self._index_of_zero(codebook)
+            indices = torch.where(self._rows(self._tensor("sparsity_mask")), zero, indices)
+        return indices
+
+    def _cheapest(self, rows: Tensor, codebook: Tensor) -> Tensor:
+        """Indices of the least squared distance plus price of their bits: midpoints that moved."""
+        table = at_least_float32(self._table(codebook))
+        price = self._tensor("bit_price") * self._tensor("price_share")
+        limits = priced_midpoints(table, self.bits(), price)
+        count = count_below if limits.dim() == 1 else count_below_in_rows
+        return count(rows, limits)
+
+    @property
+    def is_priced(self) -> bool:
+        """Whether weights are assigned anew, by the price of their bits too."""
+        return "members" in self._buffers
+
+    @torch.no_grad()
+    def charge_(self, latent: Tensor, share: float, price: float) -> None:
+        """Add the gradient of the expected bits to the latent weight's; count members anew.
+
+        Args:
+            latent: ``original``, with a gradient.
+            share: of the price, from now on.
+            price: of a bit, whole, in units of the loss.
+        """
+        assert latent.grad is not None
+        rows, codebook = self._rows(latent), self._codebook(self.trained(latent))
+        slopes = slopes_of_bits(rows, at_least_float32(self._table(codebook)), self.bits())
+        latent.grad.add_(self._rows(slopes), alpha=share * price)
+        self._tensor("price_share").fill_(share)
+        counts = self.members_of(self._indices(latent, codebook), codebook)
+        members = self._tensor("members")
+        members.lerp_(counts.to(members.dtype), RECENT)
+
+    def bits(self) -> Tensor:
+        """What an index costs, in the shape of the table."""
+        raise NotImplementedError
+
+    def members_of(self, indices: Tensor, codebook: Tensor) -> Tensor:
+        """How many weights take each centroid, as the running counts have them."""
+        raise NotImplementedError
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """Output channels first, and back again: the same exchange of two dimensions."""
+        return tensor if self.channel_dim == 0 else tensor.transpose(0, self.channel_dim)
+
+    @staticmethod
+    def _counts(indices: Tensor, table: Tensor) -> Tensor:
+        ones = torch.ones((), device=indices.device)
+        return grouped_sum(ones.expand(indices.shape), indices, table.shape)
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor = getattr(self, name)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
+
+    def _codebook(self, trained: Tensor) -> Tensor:
+        """What the trained tensor stands for; ascending where assignments are sought in it."""
+        raise NotImplementedError
+
+    def _table(self, codebook: Tensor) -> Tensor:
+        """The values that `lookup` reads: ``(k,)``, or one row for every output channel."""
+        raise NotImplementedError
+
+    def _nearest(self, rows: Tensor, codebook: Tensor) -> Tensor:
+        """Indices of the nearest values, by binary search over midpoints: O(n log k) time."""
+        raise NotImplementedError
+
+    def _index_of_zero(self, codebook: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _fold(self, counts: Tensor) -> Tensor:
+        """Members per table entry, summed to members per codebook entry."""
+        raise NotImplementedError
+
+
+def fit_as(
+    kind: type[ClusteredWeight],
+    weight: Tensor,
+    config: ClusterConfig,
+    *,
+    channel_dim: int = 0,
+    importance: Tensor | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Fit a weight's codebooks for one kind of parametrization; pure.
+
+    Returns:
+        The tensors of a `ClusteredWeight` by name. ``original`` is what the parametrization
+        registers: the codebook with ``"fixed"``, the weight itself with ``"nearest"``.
+        ``fit_error`` is ``||weight - clustered|| / ||weight||`` as fitted, a float32 scalar.
+    """
+    kept = without_noise(weight.detach(), importance)
+    rows = kept.transpose(0, channel_dim)
+    weights = None if importance is None else importance.detach().transpose(0, channel_dim)
+    trained, indices, tensors = fit_rows(rows, config, weights, seed)
+    if config.assignment == "fixed":
+        tensors |= {"original": trained, "indices": indices.transpose(0, channel_dim).contiguous()}
+    else:
+        tensors |= {"original": kept.clone(), "centroids": trained}
+        if config.rate:
+            tensors |= _prices(kind, rows, config, trained, indices, tensors)
+        if config.preserve_sparsity:
+            tensors["sparsity_mask"] = kept == 0
+    with torch.no_grad():
+        fitted = kind(config, tensors, channel_dim=channel_dim)
+        clustered = fitted.value(tensors["original"])
+    return tensors | {"fit_error": relative_error(weight.detach(), clustered)}
+
+
+def _prices(
+    kind: type[ClusteredWeight],
+    rows: Tensor,
+    config: ClusterConfig,
+    trained: Tensor,
+    indices: Tensor,
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """What the bits of a weight just fitted cost, by the members that its centroids got."""
+    fixed = kind(
+        replace(config, assignment="fixed"), {**tensors, "original": trained, "indices": indices}
+    )
+    with torch.no_grad():
+        members = fixed.members_of(indices, fixed._codebook(trained))
+    return price_tensors(rows, config.rate, members)
+
+
+def _scale_gradient(tensor: Tensor, factor: Tensor) -> Tensor:
+    """The same values to the bit, with the gradient multiplied."""
+    return tensor.detach() + (tensor - tensor.detach()) * factor

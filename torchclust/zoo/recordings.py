@@ -1,0 +1,85 @@
+"""Real recordings of words: Speech Commands for MLPerf Tiny's network, and spoken digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchclust.zoo.dataset import Data, DataError, Spectrograms
+from torchclust.zoo.keywords import CLASSES, Floats
+from torchclust.zoo.mfcc import mfcc
+from torchclust.zoo.speech import read_wav, recorded
+
+LABELS = (
+    *("down", "go", "left", "no", "off", "on", "right", "stop", "up", "yes"),
+    *("silence", "unknown"),
+)
+"""In the order of MLPerf Tiny's reference network."""
+
+_DIGITS_TEST = 5  # recordings 0 to 4 of every digit and speaker are for testing
+
+
+def speech_commands(root: Path) -> Data:
+    """Load the 12 words of Speech Commands v0.02 as MFCCs (1, 49, 10), for MLPerf Tiny's network.
+
+    `root` is the folder as Google ships it (``testing_list.txt``, ``yes/*.wav`` ...), or one that
+    holds ``mfcc.npz``: arrays ``mfcc`` (N, 49, 10), ``label`` in the order of `LABELS`, and
+    ``split``: ``"a"`` to train or calibrate with, ``"b"`` to test on.
+    """
+    file = root / "mfcc.npz"
+    if file.is_file():
+        return _from_arrays(file)
+    if not (root / "testing_list.txt").is_file():
+        raise DataError(
+            f"speech_commands: {root} holds neither mfcc.npz nor testing_list.txt; data.root is "
+            "the folder that Speech Commands v0.02 was unpacked into:  "
+            "--set data.root=/path/to/speech_commands_v0.02"
+        )
+    train, test = recorded(root, 0, mfcc)
+    order = np.array([LABELS.index(name) for name in CLASSES])
+    return _data(train.features, order[train.labels], test.features, order[test.labels], 12)
+
+
+def fsdd(root: Path) -> Data:
+    """Load the Free Spoken Digit Dataset, 2,700 / 300 recordings, as MFCCs (1, 49, 10).
+
+    ``root/recordings`` (or `root`) holds ``DIGIT_SPEAKER_NUMBER.wav`` at 8 kHz; numbers 0 to 4 are
+    the test set, as its authors say. A recording is doubled in rate by linear interpolation.
+    """
+    folder = root / "recordings" if (root / "recordings").is_dir() else root
+    files = sorted(folder.glob("[0-9]_*_*.wav"))
+    if not files:
+        raise DataError(
+            f"fsdd: no DIGIT_SPEAKER_NUMBER.wav in {folder}; data.root is the folder of the Free "
+            "Spoken Digit Dataset:  --set data.root=/path/to/free-spoken-digit-dataset"
+        )
+    features = np.stack([mfcc(_doubled(read_wav(file, 8000))) for file in files])
+    labels = np.array([int(file.name[0]) for file in files])
+    test = np.array([int(file.stem.rpartition("_")[2]) < _DIGITS_TEST for file in files])
+    return _data(features[~test], labels[~test], features[test], labels[test], 10)
+
+
+def _doubled(samples: NDArray[np.int16]) -> NDArray[np.int16]:
+    at = np.arange(2 * len(samples)) / 2
+    return np.interp(at, np.arange(len(samples)), samples).astype(np.int16)
+
+
+def _from_arrays(file: Path) -> Data:
+    try:
+        with np.load(file) as stored:
+            features, labels, split = (stored[name] for name in ("mfcc", "label", "split"))
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise DataError(f"speech_commands: cannot read {file}: {error}; copy it anew") from error
+    train, test = split == "a", split == "b"
+    return _data(features[train], labels[train], features[test], labels[test], len(LABELS))
+
+
+def _data(
+    train: Floats, train_labels: NDArray[Any], test: Floats, test_labels: NDArray[Any], classes: int
+) -> Data:
+    parts = ((train, train_labels), (test, test_labels))
+    shown = [Spectrograms(x[:, None], labels.astype(np.int64)) for x, labels in parts]
+    return Data(shown[0], shown[1], (1, *train.shape[1:]), classes)
