@@ -29,7 +29,8 @@ from torchclust.export.executorch.read_back import check_codes
 from torchclust.export.executorch.scales import calibrate, set_learned, set_weights
 from torchclust.export.inspect import Port
 from torchclust.export.tflite import OperatorRow
-from torchclust.export.vela import VelaReport, compile_with
+from torchclust.export.vela import compile_with
+from torchclust.export.vela_report import VelaReport
 from torchclust.export.verify import Answering, Comparison, TensorRow
 from torchclust.export.whole_file import check_folder, write_whole
 
