@@ -17,6 +17,7 @@ from torchclust.fitting.nearest import (
     count_below_in_rows,
     priced_midpoints,
 )
+from torchclust.fitting.threads import must_be_traceable
 from torchclust.fitting.worth import without_noise
 from torchclust.weight.bits import RECENT, price_tensors, slopes_of_bits
 from torchclust.weight.codebooks import fit_rows, relative_error
@@ -52,6 +53,7 @@ class ClusteredWeight(nn.Module):
         self.first_original: Tensor | None = tensors["original"]
         self._cached: EvaluationCache | None = None
         self._memory = Memory()
+        self._assigned: Tensor | None = None  # by the last priced forward pass, for `charge_`
         for name, tensor in tensors.items():
             if name in _PARAMETERS:
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad))
@@ -118,11 +120,13 @@ class ClusteredWeight(nn.Module):
         """Indices with output channels first, as `lookup` wants them beside a table of rows."""
         if self.config.assignment == "fixed":
             return self._rows(self._tensor("indices"))
-        find = self._cheapest if self.is_priced else self._nearest
-        indices = find(self._rows(original), codebook)
+        priced = self.is_priced
+        indices = (self._cheapest if priced else self._nearest)(self._rows(original), codebook)
         if self.config.preserve_sparsity:
             zero = self._index_of_zero(codebook)
             indices = torch.where(self._rows(self._tensor("sparsity_mask")), zero, indices)
+        if priced and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._assigned = indices
         return indices
 
     def _cheapest(self, rows: Tensor, codebook: Tensor) -> Tensor:
@@ -152,7 +156,10 @@ class ClusteredWeight(nn.Module):
         slopes = slopes_of_bits(rows, at_least_float32(self._table(codebook)), self.bits())
         latent.grad.add_(self._rows(slopes), alpha=share * price)
         self._tensor("price_share").fill_(share)
-        counts = self.members_of(self._indices(latent, codebook), codebook)
+        assigned = self._assigned
+        indices = self._indices(latent, codebook) if assigned is None else assigned
+        self._assigned = None
+        counts = self.members_of(indices, codebook)
         members = self._tensor("members")
         members.lerp_(counts.to(members.dtype), RECENT)
 
@@ -170,6 +177,8 @@ class ClusteredWeight(nn.Module):
 
     @staticmethod
     def _counts(indices: Tensor, table: Tensor) -> Tensor:
+        if table.dim() == 1 and not must_be_traceable():
+            return torch.bincount(indices.reshape(-1), minlength=len(table)).float()
         ones = torch.ones((), device=indices.device)
         return grouped_sum(ones.expand(indices.shape), indices, table.shape)
 
@@ -179,7 +188,7 @@ class ClusteredWeight(nn.Module):
         return tensor
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+        return {**self.__dict__, "_cached": None, "_assigned": None}
 
     def _codebook(self, trained: Tensor) -> Tensor:
         """What the trained tensor stands for; ascending where assignments are sought in it."""
