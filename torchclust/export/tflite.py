@@ -36,7 +36,14 @@ from torchclust.export.pointwise import convolutions_for_linears
 from torchclust.export.quantize import quantize
 from torchclust.export.runner import Runner
 from torchclust.export.transposes import without_transposes
-from torchclust.export.verify import Agreement, Comparison, TensorRow, check_codes, most_samples
+from torchclust.export.verify import (
+    Agreement,
+    Comparison,
+    TensorRow,
+    check_codes,
+    most_samples,
+    multiplications,
+)
 from torchclust.export.whole_file import check_folder, write_whole
 
 
@@ -149,7 +156,7 @@ def to_tflite(
     float_file, graph = bytes(content), read_graph(content)
     check_float(prepared, float_file, graph, first)
     placed = find_clustered(graph.weights(), trained_codes(model, prepared), prepared.used)
-    comparison = Comparison(prepared, most_samples(graph))
+    comparison = Comparison(prepared, most_samples(multiplications(graph)))
     inputs = calibrating.Counted(comparison.collect(samples))
     learned = None
     if float:
