@@ -170,7 +170,7 @@ def test_override(setting: str, expected: dict) -> None:
         ("model.batchnorm=true", "unknown key model.batchnorm: seed_cnn takes no such argument; "
                                  "did you mean 'batch_norm'"),
         ("model=arm_mlp", "unknown key model.batch_norm: arm_mlp takes no arguments"),
-        ("data=mnist", "data.name: no data set 'mnist'; did you mean"),
+        ("data=mnist4k", "data.name: no data set 'mnist4k'; did you mean"),
         ("data.root=/tmp", "unknown key data.root: mnist5k takes no arguments"),
         ("vela.accelerator=u55", "vela.accelerator: no 'u55'"),
         ("cluster.rules={stem.*: 3}", r"cluster: rule 'stem\.\*' matches no parameter"),

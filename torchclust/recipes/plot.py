@@ -118,8 +118,10 @@ def _plot_accuracies(axes: Axes, accuracy: Mapping[str, float | None], metric: M
 
 
 def _heading(metric: Metric) -> str:
+    if metric.unit:
+        return f"{metric.title} on the test data, {metric.unit}"
     better = {"max": "larger is better", "min": "smaller is better"}[metric.mode]
-    return f"{metric.title} on the test data: {metric.unit or better}"
+    return f"{metric.title} on the test data ({better})"
 
 
 def _plot_weights(axes: Axes, name: str, weight: Tensor, clustering: Clustering) -> None:
