@@ -75,6 +75,21 @@ def test_a_state_that_is_always_zero_gets_a_range(tmp_path: Path) -> None:
     assert 0.5 < result.inputs[1].scale * 127 < 2
 
 
+def test_an_operator_without_int8_form_is_named(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.LocalResponseNorm(5))
+    with pytest.raises(ExportError, match=r"'1' becomes STABLEHLO_\w+, which has no int8 form"):
+        to_tflite(model, X, tmp_path / "a", calibration=[X])
+
+
+def test_the_converters_error_names_the_layer(tmp_path: Path) -> None:
+    grouped = nn.ConvTranspose2d(4, 4, 3, 2, dilation=2, groups=2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU(), grouped))
+    match = r"cannot convert Sequential, module '1.1': .*: error: failed to legalize"
+    with pytest.raises(ExportError, match=match) as info:
+        to_tflite(model, X, tmp_path / "a", calibration=[X])
+    assert "site-packages" not in str(info.value)
+
+
 def test_integer_outputs_stay_outside(tmp_path: Path) -> None:
     class Largest(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
