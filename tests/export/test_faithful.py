@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from torchclust import cluster_
-from torchclust.export import ExportError, rewrites, to_tflite
+from torchclust.export import ExportError, to_tflite
+from torchclust.export.rewrites import rules
 from torchclust.export.rewrites.traced import Substitute, Traced
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -41,7 +42,7 @@ class Sine(nn.Module):
 def test_the_first_wrong_operator_is_named(
     float_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(rewrites._RULES, "sin", wrong)
+    monkeypatch.setitem(rules.RULES, "sin", wrong)
     match = r"agrees with torch to .* dB only, .* aten.sin.default in module 'bad'"
     with pytest.raises(ExportError, match=match):
         to_tflite(Branches(), X, tmp_path / "a", calibration=[X], float=float_file)
