@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torchclust.allocation.sensitivity import fisher_information
     from torchclust.distillation.distill import distill_
     from torchclust.fitting.codebook import Codebook, fit_codebook
+    from torchclust.model.charge import charge_
     from torchclust.model.cluster import cluster_, refit_, strip_
     from torchclust.model.clustering import Clustering, is_clustered, named_clusterings
     from torchclust.model.restore import restore_
