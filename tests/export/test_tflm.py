@@ -132,7 +132,9 @@ def test_smaller_and_equal_to_the_bit(
     ports = inspect_tflite(path).inputs
     for sample in (*as_inputs(images.numpy(), ports), *random_inputs(ports, 20, seed=9)):
         np.testing.assert_array_equal(before(sample)[0], after(sample)[0])
-    operators = inspect_tflite(output).operators
+    rewritten_file, original = inspect_tflite(output), inspect_tflite(path)
+    assert (rewritten_file.inputs, rewritten_file.outputs) == (original.inputs, original.outputs)
+    operators = rewritten_file.operators
     assert operators[DECODE] == len(rewritten)
     assert "bits" in str(report)
 

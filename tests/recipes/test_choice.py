@@ -140,7 +140,7 @@ def test_table_bytes_are_those_of_the_file(tmp_path: Path) -> None:
     assert [n - OVERHEAD for n in counted.values()] == [row.bytes_after for row in report.rows]
     plain = sum(row.bytes_before for row in report.rows)
     saved = report.flash_before - report.flash_after
-    assert saved == pytest.approx(plain - sum(counted.values()), abs=160)
+    assert saved >= plain - sum(counted.values()) - 64  # and the names of tensors
     assert table_bytes(torch.randn(4, 4), None) == 16
     assert table_bytes(torch.randn(400, 40), None) == 16000
 
