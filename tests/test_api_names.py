@@ -45,13 +45,15 @@ SIGNATURES = {
         vela(path, *, accelerator="ethos-u55-128", ...)
         verify_compiled(compiled, original)
         to_pte(model, example_inputs, path, *, calibration, target="ethos-u55-128", ...)
+        tflm(path, output, *, ...)
+        board_kit(path, folder)
     """,
 }
 CLASSES = {
     "torchclust": {"Codebook", "ClusterConfig", "Clustering", "Summary", "PackedSize",
                    "PackedFileError"},
     "torchclust.lightning": {"WeightClustering"},
-    "torchclust.export": {"TFLiteExport", "VelaReport", "PTEExport"},
+    "torchclust.export": {"TFLiteExport", "VelaReport", "PTEExport", "TFLMReport"},
 }  # fmt: skip
 ATTRIBUTES = {
     "torchclust.Codebook": ("centroids", "indices", "inertia"),
@@ -62,11 +64,11 @@ ATTRIBUTES = {
                               "tensor_name"),
     "torchclust.Summary": ("rows", "to_dict", "plot"),
 }  # fmt: skip
-COMMANDS = {"run", "check", "report", "export", "vela", "new"}
+COMMANDS = {"run", "check", "report", "export", "vela", "new", "kit"}
 
 # What the page promises and nobody has built yet; a line goes when its name arrives.
-PENDING_NAMES = {"tflm", "board_kit", "TFLMReport"}
-PENDING_COMMANDS = {"kit"}
+PENDING_NAMES: set[str] = set()
+PENDING_COMMANDS: set[str] = set()
 PENDING_PARAMETERS: tuple[str, ...] = ()
 
 BEYOND_NAMES = {
@@ -90,6 +92,8 @@ BEYOND_NAMES = {
         "OperatorRow": "a row of TFLiteExport.float_operators and PTEExport.cpu_operators",
         "VelaLayer": "a row of VelaReport.layers",
         "CpuOperator": "a row of VelaReport.cpu_operators",
+        "TableRow": "a row of TFLMReport.rows",
+        "BoardKit": "what `board_kit` returns",
     },
 }
 BEYOND_PARAMETERS = {
@@ -98,6 +102,10 @@ BEYOND_PARAMETERS = {
     ("distill_", "checkpoint"): "a file that an interrupted run goes on from",
     ("distill_", "seed"): "of the order of the batches",
     ("to_tflite", "ranges"): "how activation ranges are measured, min-max by default",
+    ("board_kit", "inputs"): "for the test vectors, else random",
+    ("board_kit", "labels"): "of the classes",
+    ("board_kit", "accelerator"): "compiles for an Ethos-U first",
+    ("board_kit", "overwrite"): "replaces an earlier kit's files",
     ("WeightClustering", "freeze"): "parameters that stay as they are while clustered",
     ("WeightClustering", "save_stripped"): "a file for the stripped weights, from YAML too",
     ("WeightClustering", "quantize_activations"): "trains with rounded activations, see recipes",
@@ -114,7 +122,8 @@ def contract(module: str) -> dict[str, tuple[inspect.Signature, bool]]:
         name, _, arguments = line[:-1].partition("(")
         is_open = arguments.endswith("...")
         scope: dict = {}
-        exec(f"def {name}({arguments.removesuffix(', ...')}): ...", scope)
+        named = arguments.removesuffix(", ...").removesuffix(", *")
+        exec(f"def {name}({named}): ...", scope)
         found[name] = (inspect.signature(scope[name]), is_open)
     return found
 

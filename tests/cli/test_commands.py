@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fake_data import fake_data
@@ -69,6 +70,24 @@ def test_from_a_checkpoint_to_the_compiled_file(capsys) -> None:
     assert Path(compiled["path"]).is_file()
     assert main(["vela", "int8.tflite", "-q"]) == 0
     assert capsys.readouterr().out == ""
+    check_kit(capsys)
+
+
+def check_kit(capsys) -> None:
+    """`torchclust kit` on int8.tflite: its files, its JSON, and a folder that is not empty."""
+    np.save("images.npy", np.zeros((3, 784), np.float32))
+    labels = ",".join("abcdefghij")
+    assert main(["kit", "int8.tflite", "board", "--labels", labels, "--inputs", "images.npy"]) == 0
+    assert "operators: " in capsys.readouterr().out
+    assert 'kLabels[] = {"a", "b"' in Path("board/model.h").read_text()
+    assert main(["kit", "int8.tflite", "board"]) == 2
+    assert "board is not empty: overwrite=True (--overwrite)" in capsys.readouterr().err
+    written = as_json("kit int8.tflite board --overwrite --accelerator ethos-u55-128", capsys)
+    assert written["compiled"]["accelerator"] == "ethos-u55-128"
+    assert written["flash_bytes"] == Path("board/model.tflite").stat().st_size
+    Path("file").write_text("")
+    assert main(["kit", "int8.tflite", "file/board"]) == 1
+    assert "Not a directory: 'file/board'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stripped", [False, True])

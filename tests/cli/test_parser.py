@@ -31,7 +31,7 @@ train: {epochs: 1}
 cluster: {n_clusters: 8}
 finetune: {epochs: 1}
 """
-COMMANDS = ("run", "check", "sweep", "new", "report", "export", "vela")
+COMMANDS = ("run", "check", "sweep", "new", "report", "export", "vela", "kit")
 
 
 @pytest.fixture
@@ -61,6 +61,11 @@ def recipe(tmp_path: Path, monkeypatch) -> str:
         ("vela none.tflite", "No such file or directory: 'none.tflite'"),
         ("vela r.yaml", "r.yaml: not a TFLite file"),
         ("vela r.yaml --accelerator u55", "accelerator must be one of .*got 'u55'"),
+        ("vela", "vela needs a .tflite file:  torchclust vela model.tflite"),
+        ("vela --list-configs r.yaml", "r.yaml is no file of Vela configurations: "),
+        ("vela r.yaml --config none.ini", "No such file or directory: 'none.ini'"),
+        ("kit none.tflite board", "No such file or directory: 'none.tflite'"),
+        ("kit r.yaml board", "r.yaml: not a TFLite file"),
         ("export r.yaml none.pt out.tflite", "cannot read none.pt"),
         ("export r.yaml plain.pt nowhere/out.tflite", "nowhere does not exist"),
     ],
@@ -184,7 +189,7 @@ def test_zsh_completes_commands_options_and_files(capsys) -> None:
     assert script.startswith("#compdef torchclust\n")
     for command in COMMANDS:
         assert f"\n    {command}:'" in script
-    assert script.count(':_files"') == 8  # every file that a command takes
+    assert script.count(':_files"') == 12  # every file that a command takes
     assert script.count(':_files -/"') == 4  # and every folder
     if shutil.which("zsh"):  # a machine without zsh can not say more
         subprocess.run(["zsh", "-n"], input=script, text=True, check=True)

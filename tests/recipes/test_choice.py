@@ -13,15 +13,21 @@ from torch import nn
 
 import torchclust
 from torchclust import ClusterConfig, cluster_, named_clusterings, save_packed
-from torchclust.allocation.encoded_size import encoded_bytes, entropy_bytes, vela_bytes
+from torchclust.allocation.encoded_size import (
+    encoded_bytes,
+    entropy_bytes,
+    vela_bytes,
+)
 from torchclust.allocation.knapsack import Choice
 from torchclust.allocation.sensitivity import CANDIDATES, candidates
+from torchclust.export.lookup_tables import OVERHEAD
 from torchclust.recipes import prepare as preparing
 from torchclust.recipes.choice import (
     _within_budget,
     _within_drop,
     curves_of,
     measure_of,
+    table_bytes,
     tensor_configs,
 )
 from torchclust.recipes.kept import Stages
@@ -118,6 +124,25 @@ def test_vela_bytes_are_those_of_the_compiler(tmp_path: Path) -> None:
     assert len(counted) == 4
     counted = sum(counted.values())
     assert counted == pytest.approx(report.encoded_weight_bytes, rel=0.03)
+
+
+def test_table_bytes_are_those_of_the_file(tmp_path: Path) -> None:
+    """Fixed-width indices: what `tflm` reports of each tensor, and what the file shrinks by."""
+    from torchclust.export import tflm, to_tflite
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 64, 3), nn.ReLU(), nn.Conv2d(64, 32, 3), nn.ReLU()).eval()
+    cluster_(model, {"0.weight": 16, "2.weight": 4}, codebook_dtype="int8")
+    images = torch.randn(4, 8, 7, 7)
+    to_tflite(model, images[:1], tmp_path / "m.tflite", calibration=[images])
+    report = tflm(tmp_path / "m.tflite", tmp_path / "t.tflite")
+    counted = encoded_bytes(model, table_bytes, ["0.weight", "2.weight"])
+    assert [n - OVERHEAD for n in counted.values()] == [row.bytes_after for row in report.rows]
+    plain = sum(row.bytes_before for row in report.rows)
+    saved = report.flash_before - report.flash_after
+    assert saved >= plain - sum(counted.values()) - 64  # and the names of tensors
+    assert table_bytes(torch.randn(4, 4), None) == 16
+    assert table_bytes(torch.randn(400, 40), None) == 16000
 
 
 def test_vela_bytes_hold_where_training_brought_two_codes_together() -> None:

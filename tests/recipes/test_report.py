@@ -29,6 +29,8 @@ REPORT: dict[str, Any] = {
              "baseline_encoded_weight_bytes": 400, "flash_bytes": 2048,
              "baseline_flash_bytes": 1024, "sram_bytes": 10, "cycles": 300,
              "baseline_cycles": 200, "cpu_ops": 0, "cpu_operators": []},
+    "tflm": {"version": "0.dev1", "flash_bytes": 2048, "arena_bytes": 1536, "time_ratio": 1.1,
+             "compared": 132, "baseline_flash_bytes": 4096, "baseline_arena_bytes": 1024},
     "chosen": None,
     "versions": {"torch": "2.13.0"},
     "seconds": {"train": 1.0},
@@ -46,6 +48,8 @@ def test_what_grew_is_called_larger_and_what_slowed_down_more() -> None:
     found = {row[0]: row[1:] for row in gains(REPORT)}
     assert found["flash"] == ("1.0 KiB", "2.0 KiB", "2.00x larger")
     assert found["cycles"] == ("200", "300", "1.50x more")
+    assert found["flash, tflite-micro"] == ("4.0 KiB", "2.0 KiB", "2.00x smaller")
+    assert found["arena, tflite-micro"] == ("1.0 KiB", "1.5 KiB", "1.50x larger")
     assert found["int8 .tflite, zipped"] == ("1.0 KiB", "0.5 KiB", "2.00x smaller")
     assert found["int8 accuracy"] == ("92.00 %", "91.25 %", "-0.75 points")
     faster = {row[0]: row[3] for row in gains(changed(vela={"cycles": 100}))}
@@ -70,7 +74,9 @@ def test_a_tensor_that_got_larger_is_marked() -> None:
 def test_a_person_sees_the_gains_and_where_to_look(
     measured: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    none = {section: dict.fromkeys(REPORT[section]) for section in ("accuracy", "bytes", "vela")}
+    none = {
+        section: dict.fromkeys(REPORT[section]) for section in ("accuracy", "bytes", "vela", "tflm")
+    }
     show(REPORT if measured else changed(**none), Path("runs/x"))
     text = capsys.readouterr().out
     assert ("2.00x larger" in text) == measured

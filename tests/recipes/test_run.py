@@ -388,6 +388,7 @@ def test_the_demo_end_to_end_on_real_digits(tmp_path: Path, monkeypatch, batch_n
     monkeypatch.undo()
     epochs = 1 if batch_norm else 3  # what reaches 85 %
     settings = [f"train.epochs={epochs}", "finetune.epochs=1", "export.calibration_samples=50"]
+    settings += ["tflm={}"]
     norm = f"model.batch_norm={str(batch_norm).lower()}"
     recipe = load_recipe(RECIPES / "mnist_cnn.yaml", [*settings, norm])
     report = run_recipe(recipe, tmp_path, progress=False)
@@ -397,6 +398,10 @@ def test_the_demo_end_to_end_on_real_digits(tmp_path: Path, monkeypatch, batch_n
     assert accuracy["int8"] >= accuracy["baseline_int8"] - 2  # 0.5 after the demo's epochs
     assert vela["cpu_ops"] == 0
     assert vela["encoded_weight_bytes"] <= 0.60 * vela["baseline_encoded_weight_bytes"]
+    tables = report["tflm"]
+    assert tables["flash_bytes"] == (tmp_path / "tflm.tflite").stat().st_size
+    assert tables["flash_bytes"] <= 0.62 * tables["baseline_flash_bytes"]
+    assert tables["compared"] == 132
     assert size["clustered_float_tflite_zip"] * 5 <= size["float_tflite_zip"]
     clustered = [row for row in report["tensors"] if row["n_clusters"]]
     assert len(clustered) == 4

@@ -62,11 +62,11 @@ def vela_bytes(weight: Tensor, clustering: Clustering | None) -> int:
         raise ImportError(
             "a budget for Vela is measured with its encoder:  pip install torchclust[export]"
         ) from error
-    encoded = codec.encode(_int8_codes(weight, clustering).reshape(-1).tolist())
+    encoded = codec.encode(int8_codes(weight, clustering).reshape(-1).tolist())
     return math.ceil(_BLOCKS * len(encoded))
 
 
-def _int8_codes(weight: Tensor, clustering: Clustering | None) -> Tensor:
+def int8_codes(weight: Tensor, clustering: Clustering | None) -> Tensor:
     """Return what the int8 file holds: the codes, or the values rounded to a grid.
 
     A float codebook of the whole tensor has one scale, everything else one per output channel.

@@ -138,15 +138,26 @@ def export(args: Namespace) -> Any:
 
 
 def vela(args: Namespace) -> Any:
-    """Compile a .tflite file and show Vela's figures."""
+    """Compile a .tflite file and show Vela's figures, or what a vendor's file has to choose."""
+    import dataclasses
+
     from torchclust.export import CompiledFileError, vela
+    from torchclust.export.vela_config import read_vela_configs
 
     try:
+        if args.list_configs is not None:
+            configs = read_vela_configs(args.list_configs)
+            if _tables(args):
+                print(configs)
+            return {**dataclasses.asdict(configs), "path": str(configs.path)}
+        if args.tflite is None:
+            raise InputError("vela needs a .tflite file:  torchclust vela model.tflite")
         report = vela(
             args.tflite,
             accelerator=args.accelerator,
             system_config=args.system_config,
             memory_mode=args.memory_mode,
+            config=args.config,
             output_dir=args.output,
         )
     except CompiledFileError:
@@ -156,6 +167,35 @@ def vela(args: Namespace) -> Any:
     if _tables(args):
         print(report)
     return report.to_dict()
+
+
+def kit(args: Namespace) -> Any:
+    """Write what a board needs of a .tflite file, and show its size."""
+    import numpy as np
+
+    from torchclust.export import board_kit
+
+    try:
+        found = board_kit(
+            args.tflite,
+            args.dir,
+            inputs=None if args.inputs is None else np.load(args.inputs),
+            labels=args.labels.split(",") if args.labels else (),
+            accelerator=args.accelerator,
+            overwrite=args.overwrite,
+        )
+    except (FileExistsError, FileNotFoundError, ValueError) as error:
+        raise InputError(str(error)) from error
+    if _tables(args):
+        print(found)
+    compiled = found.compiled.to_dict() if found.compiled else None
+    return {
+        "folder": str(found.folder),
+        "flash_bytes": found.flash_bytes,
+        "arena_bytes": found.arena_bytes,
+        "operators": list(found.operators),
+        "compiled": compiled,
+    }
 
 
 def _tables(args: Namespace) -> bool:

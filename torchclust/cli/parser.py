@@ -48,6 +48,11 @@ EXAMPLES = {
     "vela": (
         "torchclust vela runs/mnist_cnn/int8.tflite",
         "torchclust vela runs/mnist_cnn/int8.tflite --accelerator ethos-u85-256 --output vela",
+        "torchclust vela --list-configs vendor.ini",
+    ),
+    "kit": (
+        "torchclust kit runs/mnist_cnn/int8.tflite board",
+        "torchclust kit runs/mnist_cnn/int8.tflite board --accelerator ethos-u55-128 --overwrite",
     ),
 }
 STATUSES = """\
@@ -63,8 +68,14 @@ shell completion (needs the package shtab: pip install "torchclust[recipes]"):
   zsh   torchclust --print-completion zsh > DIR/_torchclust, DIR being one of your $fpath
 """
 # What to install for everything that a command may need.
-_FOLDERS = ("output", "folder")  # arguments that are folders
-_EXTRAS = {"check": "recipes", "new": "recipes", "report": "export", "vela": "export"}
+_FOLDERS = ("output", "folder", "dir")  # arguments that are folders
+_EXTRAS = {
+    "check": "recipes",
+    "new": "recipes",
+    "report": "export",
+    "vela": "export",
+    "kit": "micro",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--float", action="store_true", help="float32 instead of int8")
 
     vela = _command(all_commands, "vela", commands.vela, "compile a .tflite file for an Ethos-U")
-    _file(vela, "tflite", "an int8 .tflite file")
+    _file(vela, "tflite", "an int8 .tflite file", nargs="?")
     vela.add_argument(
         "--accelerator",
         default="ethos-u55-128",
@@ -155,9 +166,26 @@ def parser() -> argparse.ArgumentParser:
     )
     vela.add_argument("--system-config", metavar="NAME", help="clocks and memories, as Vela's")
     vela.add_argument("--memory-mode", metavar="NAME", help="where weights and activations live")
+    vela.add_argument("--config", type=Path, metavar="FILE", help="a chip vendor's vela.ini")
+    vela.add_argument(
+        "--list-configs",
+        type=Path,
+        metavar="FILE",
+        help="show the systems and memory modes that a vela.ini has, and compile nothing",
+    )
     vela.add_argument(
         "--output", "-o", type=Path, metavar="DIR", help="folder to write, default the file's"
     )
+
+    kit = _command(all_commands, "kit", commands.kit, "write a .tflite file as C++ for a board")
+    _file(kit, "tflite", "an int8 .tflite file")
+    _file(kit, "dir", "the folder to write")
+    kit.add_argument("--labels", metavar="A,B,...", help="names of the classes")
+    kit.add_argument(
+        "--inputs", type=Path, metavar="FILE.npy", help="samples for the test vectors, else random"
+    )
+    kit.add_argument("--accelerator", help="compile for this Ethos-U, as vela does")
+    kit.add_argument("--overwrite", action="store_true", help="replace an earlier kit's files")
     return top
 
 
@@ -182,8 +210,10 @@ def _examples(lines: Any) -> str:
     return "\n".join(["examples:", *(f"  {line}" for line in lines), ""])
 
 
-def _file(command: argparse.ArgumentParser, name: str, text: str) -> None:
-    command.add_argument(name, type=Path, metavar=name.upper(), help=text)
+def _file(
+    command: argparse.ArgumentParser, name: str, text: str, *, nargs: str | None = None
+) -> None:
+    command.add_argument(name, type=Path, metavar=name.upper(), help=text, nargs=nargs)
 
 
 def _recipe_arguments(command: argparse.ArgumentParser, more: str = "") -> None:

@@ -30,13 +30,17 @@ from torchclust.export.compiled import (
 )
 from torchclust.export.executorch.program import PTEExport, to_pte
 from torchclust.export.inspect import Inspection, Port, WeightRow, inspect_tflite
+from torchclust.export.kit import BoardKit, board_kit
+from torchclust.export.table_plan import TableRow
 from torchclust.export.tflite import OperatorRow, TFLiteExport, to_tflite
+from torchclust.export.tflm import TFLMReport, tflm
 from torchclust.export.vela import VelaError, vela
 from torchclust.export.vela_log import CpuOperator
 from torchclust.export.vela_report import VelaLayer, VelaReport
 from torchclust.export.verify import TensorRow
 
 __all__ = [
+    "BoardKit",
     "CompiledFileError",
     "CompiledInspection",
     "CompiledRow",
@@ -47,13 +51,17 @@ __all__ = [
     "OperatorRow",
     "PTEExport",
     "Port",
+    "TFLMReport",
     "TFLiteExport",
+    "TableRow",
     "TensorRow",
     "VelaError",
     "VelaLayer",
     "VelaReport",
     "WeightRow",
+    "board_kit",
     "inspect_tflite",
+    "tflm",
     "to_pte",
     "to_tflite",
     "vela",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from torchclust.export.vela_config import ARM, chosen
+
 # Vela's own defaults per family, passed explicitly: figures mean nothing without them.
 _FAMILIES = {
     "ethos-u55": ((32, 64, 128, 256), "Ethos_U55_High_End_Embedded", "Shared_Sram"),
@@ -21,7 +23,7 @@ class Configuration:
     accelerator: str
     system_config: str
     memory_mode: str
-    config: str = "Arm/vela.ini"
+    config: str = ARM
 
     @classmethod
     def of(
@@ -31,15 +33,13 @@ class Configuration:
         memory_mode: str | None,
         config: str | os.PathLike[str] | None = None,
     ) -> Configuration:
-        """The defaults of the accelerator's family where None is given."""
+        """The defaults of the accelerator's family, or a vendor's file's only one, for None."""
         if accelerator not in ACCELERATORS:
             raise ValueError(
                 f"accelerator must be one of {', '.join(ACCELERATORS)}, got {accelerator!r}"
             )
-        _, default_system, default_memory = _FAMILIES[accelerator.rpartition("-")[0]]
-        return cls(
-            accelerator,
-            system_config or default_system,
-            memory_mode or default_memory,
-            os.fspath(config) if config is not None else cls.config,
+        _, *defaults = _FAMILIES[accelerator.rpartition("-")[0]]
+        file, system, memory = chosen(
+            config, system_config, memory_mode, (defaults[0], defaults[1])
         )
+        return cls(accelerator, system, memory, file)

@@ -15,13 +15,14 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 _LONGEST = 300
 _SOURCE_LINE = re.compile(r"/\S+:\d+:\d+: ")  # of the compiler's user, inside torch
 INSTALL = 'pip install "torchclust[export]"'
+INSTALL_MICRO = 'pip install "torchclust[micro]"'
 
 # The quantizer was renamed; the API is the same, so the first that imports is used.
 _QUANTIZERS = ("ai_edge_quantizer", "litert_quantizer")
@@ -71,7 +72,7 @@ def schema() -> Any:
 
 def micro() -> Any:
     """tflite-micro's interpreter."""
-    return _load("tflite_micro.python.tflite_micro.runtime")
+    return _load("tflite_micro.python.tflite_micro.runtime", INSTALL_MICRO)
 
 
 def flatbuffers() -> Any:
@@ -79,7 +80,7 @@ def flatbuffers() -> Any:
     return _load("flatbuffers")
 
 
-def _load(name: str) -> ModuleType:
+def _load(name: str, install: str = INSTALL) -> ModuleType:
     found = sys.modules.get(name)
     if found is not None:
         return found
@@ -88,34 +89,49 @@ def _load(name: str) -> ModuleType:
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"exporting needs the package {error.name!r}, which is not installed:  {INSTALL}",
+            f"exporting needs the package {error.name!r}, which is not installed:  {install}",
             name=error.name,
         ) from error
 
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Keep third-party code off the terminal; if it raises, print what it had to say.
+    """Keep third-party code off the terminal; if it raises, print what it had to say."""
+    said = ""
+    try:
+        with heard() as text:
+            try:
+                yield
+            finally:
+                said = text()
+    except BaseException:
+        sys.stderr.write(said)
+        raise
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[Callable[[], str]]:
+    """Keep third-party code off the terminal; what is yielded returns what it has said so far.
 
     Covers warnings, logging, and stderr both as Python sees it and as the process does (file
     descriptor 2, where C++ code writes). Other threads are silenced meanwhile.
     """
     level = logging.root.manager.disable
     with tempfile.TemporaryFile("w+", errors="replace") as captured, warnings.catch_warnings():
+
+        def text() -> str:
+            captured.flush()
+            captured.seek(0)
+            return captured.read()
+
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         stderr = os.dup(2)
         os.dup2(captured.fileno(), 2)
-        failed = True
         try:
             with contextlib.redirect_stderr(captured):
-                yield
-            failed = False
+                yield text
         finally:
-            captured.flush()
             os.dup2(stderr, 2)
             os.close(stderr)
             logging.disable(level)
-            if failed:
-                captured.seek(0)
-                sys.stderr.write(captured.read())

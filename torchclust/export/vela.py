@@ -60,7 +60,8 @@ def vela(
             ``Ethos_U55_High_End_Embedded``, ``Ethos_U65_High_End`` or ``Ethos_U85_SYS_DRAM_Mid``.
         memory_mode: where weights and feature maps live. By default ``Shared_Sram`` for U55,
             ``Dedicated_Sram`` for U65, ``Dedicated_Sram_384KB`` for U85.
-        config: a vela.ini that has those sections; by default the one that comes with Vela.
+        config: a vendor's file that has those sections; by default the one that comes with Vela.
+            Where it has a single system configuration or memory mode, that need not be named.
         output_dir: where the compiled file ``NAME_vela.tflite`` and Vela's tables go; by default
             beside the input. Created if missing.
 
@@ -68,7 +69,8 @@ def vela(
         A `VelaReport`.
 
     Raises:
-        ValueError: unknown accelerator, or not a .tflite file.
+        ValueError: unknown accelerator, not a .tflite file, or a configuration that is not in
+            the vendor's file.
         VelaError: Vela failed; its last lines are in the message.
         CompiledFileError: what Vela wrote does not hold the file's weights and scales, value by
             value (see `verify_compiled`).

@@ -19,12 +19,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from torchclust.allocation.encoded_size import Measure, encoded_bytes, entropy_bytes, vela_bytes
+from torchclust.allocation.encoded_size import (
+    Measure,
+    encoded_bytes,
+    entropy_bytes,
+    int8_codes,
+    vela_bytes,
+)
 from torchclust.allocation.knapsack import Allocation, Allocations, Choice, Curves, rescaled
 from torchclust.allocation.sensitivity import Distance, candidates, sensitivity_curves
-from torchclust.model.clustering import named_clusterings
+from torchclust.export.lookup_tables import OVERHEAD, encode
+from torchclust.model.clustering import Clustering, named_clusterings
 from torchclust.model.slots import decisions
 from torchclust.recipes.prepare import clustered_copy
 from torchclust.recipes.schema import ClusterSection, Recipe, RecipeError
@@ -80,9 +88,26 @@ class Chosen:
         return {"rules": rules, "encoded_bytes": self.n_bytes, "tensors": tensors}
 
 
+def table_bytes(weight: Tensor, clustering: Clustering | None) -> int:
+    """Return the bytes of a lookup table for tflite-micro, or of the int8 tensor if that is less.
+
+    Its indices are of a fixed width, so that 3, 4, 8 and 16 codes are what pays off, and how often
+    each is used does not matter.
+    """
+    codes = int8_codes(weight, clustering).to(torch.int8).cpu().numpy()
+    channel = 0 if clustering is None else clustering.channel_dim
+    found = encode(codes, channel, codes.shape[channel])
+    return weight.numel() if found is None else min(weight.numel(), found.n_bytes + OVERHEAD)
+
+
 def measure_of(recipe: Recipe) -> Measure:
-    """Return what counts a recipe's bytes: Vela's encoder if it compiles, else the entropy."""
-    return vela_bytes if recipe.vela is not None else entropy_bytes
+    """Return what counts a recipe's bytes: the chip's decoder that it writes for, else entropy.
+
+    Vela's encoder comes before tflite-micro's tables where a recipe writes for both.
+    """
+    if recipe.vela is not None:
+        return vela_bytes
+    return table_bytes if recipe.tflm is not None else entropy_bytes
 
 
 def tensor_configs(recipe: Recipe, model: nn.Module) -> tuple[dict[str, ClusterConfig], set[str]]:

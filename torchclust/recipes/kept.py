@@ -118,7 +118,8 @@ def versions() -> dict[str, str]:
         "torchclust": importlib.metadata.version("torchclust"),
     }
     for name in ("torch", "numpy", "pytorch-lightning", "lightning", "litert-torch",
-                 "ai-edge-quantizer", "ai-edge-litert", "ethos-u-vela", "executorch"):  # fmt: skip
+                 "ai-edge-quantizer", "ai-edge-litert", "ethos-u-vela", "executorch",
+                 "tflite-micro"):  # fmt: skip
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

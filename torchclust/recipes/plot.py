@@ -56,7 +56,7 @@ def plot(
 
 def _plot_sizes(axes: Axes, report: Mapping[str, Any]) -> None:
     """Draw a pair of bars per kind of file, in KiB, with the factor between them."""
-    size, vela = report["bytes"], report["vela"]
+    size, vela, tables = report["bytes"], report["vela"], report["tflm"]
     pairs = {
         "float .tflite, zipped": (size["float_tflite_zip"], size["clustered_float_tflite_zip"]),
         "int8 .tflite, zipped": (size["baseline_int8_tflite_zip"], size["int8_tflite_zip"]),
@@ -65,6 +65,7 @@ def _plot_sizes(axes: Axes, report: Mapping[str, Any]) -> None:
             vela["encoded_weight_bytes"],
         ),
         "flash (Vela)": (vela["baseline_flash_bytes"], vela["flash_bytes"]),
+        "flash (tflite-micro)": (tables["baseline_flash_bytes"], tables["flash_bytes"]),
         "packed, from float32": (size["float_tflite"], size["packed"]),
     }
     known = {name: pair for name, pair in pairs.items() if None not in pair and 0 not in pair}

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from torchclust.allocation.sensitivity import class_divergence
-from torchclust.export.accelerators import ACCELERATORS
+from torchclust.export.accelerators import ACCELERATORS, Configuration
 from torchclust.lightning.trees import installed
 from torchclust.model.cluster import cluster_
 from torchclust.model.clustering import is_clustered
@@ -26,7 +26,7 @@ from torchclust.recipes.checkpoint import load_checkpoint_
 from torchclust.recipes.classifier import Classifier, accuracy
 from torchclust.recipes.loaders import named_data
 from torchclust.recipes.metric import Metric
-from torchclust.recipes.schema import Recipe
+from torchclust.recipes.schema import Recipe, VelaSection
 from torchclust.recipes.section import RecipeError, nearest
 from torchclust.recipes.subject import DataSection, ModelSection
 from torchclust.recipes.targets import called, check_arguments, import_target
@@ -57,6 +57,7 @@ def prepare(recipe: Recipe) -> Prepared:
     """
     if recipe.vela is not None:
         _check_accelerator("vela.accelerator", recipe.vela.accelerator)
+        _check_configuration(recipe.vela)
     if recipe.executorch is not None:
         _check_accelerator("executorch.target", recipe.executorch.target)
     named = load_data(recipe.data) if recipe.data.name else None
@@ -75,6 +76,15 @@ def prepare(recipe: Recipe) -> Prepared:
 def _check_accelerator(key: str, given: str) -> None:
     if given not in ACCELERATORS:
         raise RecipeError(f"{key}: no {given!r}; {nearest(given, ACCELERATORS)}")
+
+
+def _check_configuration(section: VelaSection) -> None:
+    try:
+        Configuration.of(
+            section.accelerator, section.system_config, section.memory_mode, section.config
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"vela.config: {' '.join(str(error).split())}") from error
 
 
 def classification(recipe: Recipe, data: Data | None) -> Task:

@@ -24,6 +24,8 @@ from torchclust.recipes.schema import Recipe
 from torchclust.recipes.stages import Networks
 
 Report = dict[str, Any]
+_TABLES = ("version", "flash_bytes", "arena_bytes", "time_ratio", "compared",
+           "baseline_flash_bytes", "baseline_arena_bytes")  # fmt: skip
 _FILES = ("float", "clustered_float", "int8", "baseline_int8")
 _STAGES = {
     "float": "trained, float",
@@ -38,11 +40,12 @@ _STAGES = {
 
 @dataclass(frozen=True)
 class Files:
-    """What a run wrote: by file name .tflite, what Vela made of it, .pte; and the packed model."""
+    """What a run wrote: .tflite by name, Vela's, .pte, lookup tables; and the packed model."""
 
     exported: Mapping[str, Any]
     compiled: Mapping[str, Any]
     programs: Mapping[str, Any]
+    tables: Mapping[str, Any]
     packed: PackedSize | None
 
 
@@ -85,6 +88,7 @@ def assemble(
         "chosen": networks.chosen.to_dict() if networks.chosen else None,
         "vela": _vela(written.compiled),
         "executorch": _programs(recipe, written.programs),
+        "tflm": {key: written.tables.get(key) for key in _TABLES},
         "export": {
             "sqnr_db": files["int8"].get("sqnr_db"),
             "top1_agreement": files["int8"].get("top1_agreement"),
@@ -144,6 +148,7 @@ def gains(report: Report) -> list[tuple[str, str, str, str]]:
     """Return the rows (what, not clustered, clustered, gain) of whatever the run measured."""
     accuracy, size, vela = report["accuracy"], report["bytes"], report["vela"]
     metric = Metric(**report["metric"])
+    tables = report["tflm"]
     chip = f"Vela {vela['version']}, {vela['accelerator']}"
     sizes = [
         ("float .tflite, zipped", size["float_tflite_zip"], size["clustered_float_tflite_zip"]),
@@ -155,6 +160,8 @@ def gains(report: Report) -> list[tuple[str, str, str, str]]:
             vela["encoded_weight_bytes"],
         ),
         ("flash", vela["baseline_flash_bytes"], vela["flash_bytes"]),
+        ("flash, tflite-micro", tables["baseline_flash_bytes"], tables["flash_bytes"]),
+        ("arena, tflite-micro", tables["baseline_arena_bytes"], tables["arena_bytes"]),
     ]
     program = report.get("executorch")
     if program:

@@ -20,7 +20,12 @@ from typing import Any
 import yaml
 
 from torchclust.packing.pack import save_packed
-from torchclust.recipes.artifacts import TFLITE_FILES, VELA_FOLDER, compile_files, export_files
+from torchclust.recipes.artifacts import (
+    TFLITE_FILES,
+    VELA_FOLDER,
+    compile_files,
+    export_files,
+)
 from torchclust.recipes.kept import Stages, versions
 from torchclust.recipes.plot import plot
 from torchclust.recipes.prepare import prepare
@@ -28,6 +33,7 @@ from torchclust.recipes.programs import PROGRAM_FILES, check_packages, write_pro
 from torchclust.recipes.report import Files, assemble, markdown
 from torchclust.recipes.schema import Recipe, RecipeError
 from torchclust.recipes.stages import train_networks
+from torchclust.recipes.tables import TABLES_FILE, write_tables
 
 PACKED_FILE = "model.packed"
 STAGE_FOLDER = "stages"
@@ -75,8 +81,9 @@ def run_recipe(
     exported = export_files(prepared, networks, output, stages) if recipe.export else {}
     compiled = compile_files(prepared, output, stages) if recipe.vela else {}
     programs = write_programs(prepared, networks, output, stages) if recipe.executorch else {}
+    tables = write_tables(prepared, networks, output, stages) if recipe.tflm else {}
     packed = save_packed(networks.compressed, output / PACKED_FILE) if networks.compressed else None
-    files = Files(exported, compiled, programs, packed)
+    files = Files(exported, compiled, programs, tables, packed)
     report = assemble(recipe, networks, files, stages.seconds, versions())
     plot(report, networks.trained, networks.compressed, output / "report.png")
     write_whole(output / "report.md", markdown(report))
@@ -97,7 +104,7 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
 
 def clear(output: Path) -> None:
     """Delete what a run writes, and nothing else: the folder may be anybody's."""
-    for name in (*REPORTS, *TFLITE_FILES, *PROGRAM_FILES, PACKED_FILE):
+    for name in (*REPORTS, *TFLITE_FILES, TABLES_FILE, *PROGRAM_FILES, PACKED_FILE):
         (output / name).unlink(missing_ok=True)
     for folder in (VELA_FOLDER, STAGE_FOLDER):
         shutil.rmtree(output / folder, ignore_errors=True)

@@ -20,8 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from torchclust.recipes.section import AnyPath, Section, known_keys
 from torchclust.recipes.section import RecipeError as RecipeError
-from torchclust.recipes.section import Section, known_keys
 from torchclust.recipes.section import nearest as nearest
 from torchclust.recipes.subject import DataSection as DataSection
 from torchclust.recipes.subject import MetricSection
@@ -188,6 +188,13 @@ class VelaSection(Section):
     accelerator: str = Field("ethos-u55-128", description="ethos-u55-32 ... ethos-u85-2048")
     system_config: str | None = Field(None, description="clocks and memories")
     memory_mode: str | None = Field(None, description="where weights and activations live")
+    config: AnyPath | None = Field(None, description="a chip vendor's vela.ini that has both")
+
+
+class TflmSection(Section):
+    """Lookup tables for tflite-micro, on chips without an NPU: tflm.tflite beside int8.tflite."""
+
+    max_arena: int | None = Field(None, ge=1, description="most bytes of working memory")
 
 
 class ExecuTorchSection(Section):
@@ -223,6 +230,7 @@ class Recipe(Section):
     finetune: FinetuneSection | None = None
     export: ExportSection | None = None
     vela: VelaSection | None = None
+    tflm: TflmSection | None = None
     executorch: ExecuTorchSection | None = None
 
     @field_validator("data", "model", "metric", mode="before")
@@ -262,7 +270,7 @@ class Recipe(Section):
                 "nothing trains the model: add train: {epochs: 6}, or model.checkpoint "
                 "(train: {epochs: 0} keeps random weights)"
             )
-        for section, needed in (("finetune", "cluster"), ("vela", "export")):
+        for section, needed in (("finetune", "cluster"), ("vela", "export"), ("tflm", "export")):
             if getattr(self, section) is not None and getattr(self, needed) is None:
                 raise ValueError(f"{section} needs the section {needed}, which is absent")
         needs_labels = self.cluster and self.cluster.max_accuracy_drop is not None

@@ -1,0 +1,163 @@
+"""A file in tflite-micro's interpreter: what a microcontroller answers, and the memory it needs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from torchclust.export import backends
+from torchclust.export.backends import ExportError
+from torchclust.export.graph import Array, read_graph
+from torchclust.export.inspect import Port, port
+from torchclust.export.resolver import ETHOS_U, registrations
+
+_AMPLE = 1 << 26  # bytes of arena, more than any microcontroller has
+_STEP = 16  # the interpreter's alignment
+_RECORDED = re.compile(r"Arena allocation total (\d+) bytes")
+_QUANTIZED = ("int8", "uint8", "int16")
+
+
+class Micro:
+    """One file, ready to run on what its inputs hold: integers.
+
+    Args:
+        content: the file.
+        arena: bytes of working memory.
+
+    Raises:
+        ExportError: tflite-micro cannot run it; the message ends with its own words.
+    """
+
+    def __init__(self, content: bytes, arena: int = _AMPLE) -> None:
+        self._outputs = len(read_graph(content).outputs)
+        with backends.heard() as said:
+            try:
+                runtime = backends.micro()
+                self._interpreter = runtime.Interpreter.from_bytes(content, arena_size=arena)
+            except RuntimeError as error:
+                words = " ".join(said().split()) or str(error)
+                raise ExportError(f"tflite-micro cannot run this file: {words}") from error
+
+    def __call__(self, inputs: Sequence[Array]) -> list[Array]:
+        """Run once."""
+        for number, x in enumerate(inputs):
+            self._interpreter.set_input(x, number)
+        self._interpreter.invoke()
+        return [np.array(self._interpreter.get_output(i)) for i in range(self._outputs)]
+
+    def recorded_arena(self) -> int:
+        """The bytes of its arena that the interpreter says it uses."""
+        with backends.heard() as said:
+            self._interpreter.print_allocations()
+            found = _RECORDED.search(said())
+        assert found is not None
+        return int(found[1])
+
+
+def least_arena(content: bytes) -> int:
+    """The least arena, in bytes, with which tflite-micro prepares this file, by bisection.
+
+    It is that of this machine, whose pointers are twice as long as a microcontroller's. The search
+    begins near what the interpreter says itself: far below, kernels write where they were given
+    no memory.
+    """
+    recorded = Micro(content).recorded_arena()
+    low, high = recorded * 7 // 8 // _STEP, recorded // _STEP + 1
+    while not _fits(content, high * _STEP):
+        low, high = high, high + high // 8 + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _fits(content, middle * _STEP) else (middle, high)
+    return high * _STEP
+
+
+def _fits(content: bytes, arena: int) -> bool:
+    try:
+        Micro(content, arena)
+    except ExportError:
+        return False
+    return True
+
+
+def check_runs_on_micro(content: bytes, name: str) -> tuple[Port, ...]:
+    """The inputs of an int8 file that tflite-micro has all operators for.
+
+    Raises:
+        ExportError: an operator that it has not, a file compiled for an NPU, a float file.
+    """
+    graph = read_graph(content)
+    operators = [operator.name for operator in graph.operators]
+    if ETHOS_U in operators:
+        raise ExportError(
+            f"{name} was compiled by Vela, and only an Ethos-U runs it: give the file that Vela "
+            "read, whose answers are the same"
+        )
+    registrations(operators)
+    inputs = tuple(port(t) for t in graph.inputs)
+    floats = [p for p in inputs if p.dtype.startswith("float")]
+    if floats:
+        raise ExportError(
+            f"{name} is not an int8 file: it takes {floats[0].dtype}. Write one:  "
+            "to_tflite(model, inputs, path, calibration=[samples])"
+        )
+    return inputs
+
+
+def random_inputs(ports: Sequence[Port], count: int, seed: int = 0) -> list[tuple[Array, ...]]:
+    """So many inputs whose every value is drawn from all that the input's type can hold.
+
+    Raises:
+        ExportError: an input holds indices, such as tokens, of which most are out of range.
+    """
+    for p in ports:
+        if p.dtype not in _QUANTIZED:
+            raise ExportError(
+                f"random {p.dtype} values for the input {p.name!r} may be out of range: give some "
+                "that are valid:  inputs=tokens"
+            )
+    draw = np.random.default_rng(seed)
+
+    def one(p: Port) -> Array:
+        limits = np.iinfo(p.dtype)
+        return draw.integers(limits.min, limits.max, p.shape, p.dtype, endpoint=True)
+
+    return [tuple(one(p) for p in ports) for _ in range(count)]
+
+
+def as_inputs(given: Any, ports: Sequence[Port]) -> Iterator[tuple[Array, ...]]:
+    """Samples as the file takes them, one by one.
+
+    Args:
+        given: a tensor or an array of samples for each input; one alone needs no tuple. Floating
+            values are quantized, integers taken as they are; images may have channels first.
+        ports: the file's inputs.
+
+    Raises:
+        ValueError: their number or shape does not fit.
+    """
+    several = given if isinstance(given, (tuple, list)) else (given,)
+    if len(several) != len(ports):
+        raise ValueError(f"inputs holds {len(several)} arrays, the file has {len(ports)} inputs")
+    columns = [_quantized(x, p) for x, p in zip(several, ports, strict=True)]
+    for sample in zip(*columns, strict=True):
+        yield tuple(x[None] for x in sample)
+
+
+def _quantized(given: Tensor | Array, p: Port) -> Array:
+    x = np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given)
+    if x.shape[1:] != p.shape[1:] and x.ndim == len(p.shape) > 2:
+        x = np.moveaxis(x, 1, -1)
+    if x.shape[1:] != p.shape[1:]:
+        raise ValueError(
+            f"inputs have the shape {x.shape}, the file's input {p.name!r} {p.shape}; all but the "
+            "first dimension, which counts samples, must agree"
+        )
+    if not np.issubdtype(x.dtype, np.floating):
+        return np.ascontiguousarray(x.astype(p.dtype))
+    limits = np.iinfo(p.dtype)
+    codes = np.clip(np.rint(x / p.scale) + p.zero_point, limits.min, limits.max)
+    return np.ascontiguousarray(codes.astype(p.dtype))

@@ -1,0 +1,46 @@
+"""The clustered int8 file of a run as lookup tables for tflite-micro, and what that saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchclust.export.microcontroller import least_arena
+from torchclust.export.tflm import tflm
+from torchclust.recipes.kept import Result, Stages, origin
+from torchclust.recipes.prepare import Prepared
+from torchclust.recipes.stages import Networks
+
+TABLES_FILE = "tflm.tflite"
+_COMPARED = 32  # training inputs on which both files must agree, beside random ones
+
+
+def write_tables(prepared: Prepared, networks: Networks, output: Path, stages: Stages) -> Result:
+    """Write `TABLES_FILE` into `output`: a `TFLMReport`'s figures, and the baseline's.
+
+    Nothing is written, and the result is empty, where nothing was clustered.
+    """
+    recipe, section = prepared.recipe, prepared.recipe.tflm
+    assert section is not None
+    ours, baseline = (output / name for name in ("int8.tflite", "baseline_int8.tflite"))
+
+    def compute() -> Result:
+        if not ours.exists():
+            return {}
+        inputs = prepared.task.inputs(networks.modules["trained"], _COMPARED, recipe.seed)
+        done = tflm(ours, output / TABLES_FILE, inputs=inputs, max_arena=section.max_arena)
+        return {
+            "version": done.version,
+            "flash_bytes": done.flash_after,
+            "arena_bytes": done.arena_after,
+            "time_ratio": done.time_ratio,
+            "compared": done.compared,
+            "baseline_flash_bytes": baseline.stat().st_size,
+            "baseline_arena_bytes": least_arena(baseline.read_bytes()),
+        }
+
+    return stages.result(
+        "tflm",
+        [origin(prepared), recipe.to_dict()],
+        compute,
+        is_whole=lambda found: "version" not in found or (output / TABLES_FILE).is_file(),
+    )
