@@ -123,9 +123,9 @@ def test_everything_runs_on_the_npu_in_int8(exported: Exported) -> None:
     assert report.vela_version == metadata.version("ethos-u-vela")
     assert done.cycles == report.cycles > 0
     assert done.size_bytes == done.path.stat().st_size > report.encoded_weight_bytes
-    assert done.calibration_samples == done.compared_samples == len(IMAGES)
+    assert (done.calibration_samples, done.compared_samples) == (7, 1)
     assert done.sqnr_db > 30
-    assert done.top1_agreement >= 7 / 8
+    assert done.top1_agreement == 1
 
 
 @pytest.mark.executorch

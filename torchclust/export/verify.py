@@ -116,7 +116,7 @@ class Comparison:
 
     def keep(self, most: int) -> None:
         """Of the samples that came, compare no more than this."""
-        del self._held_out[most:], self._first[most:]
+        del self.samples[most:]
 
     @property
     def first(self) -> Sample:

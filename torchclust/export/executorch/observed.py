@@ -126,8 +126,10 @@ def observers(observed: fx.GraphModule) -> dict[str, nn.Module]:
 def module_of(node: fx.Node) -> str | None:
     """The path of the torch module that made a node, as the user knows it."""
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(path).removeprefix("L['self'].") for path, _ in stack.values()]
-    inner = [path.removeprefix("model.") for path in paths if path.startswith("model.")]
+    paths = [
+        str(path).removeprefix("L['self'].").removeprefix("model.") for path, _ in stack.values()
+    ]
+    inner = [path for path in paths if path not in ("", "model", "traced")]
     return inner[-1] if inner else None
 
 
