@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from torchclust.export.accelerators import Configuration
 from torchclust.export.graph import read_graph
-from torchclust.export.vela import _FAMILIES
 
 _PROGRAM = """
 import contextlib, io, json, sys
@@ -27,11 +27,12 @@ def compile_files(
     """Compile each file for each accelerator: {(stem, accelerator): compiled file}."""
     jobs, found = [], {}
     for accelerator in accelerators:
-        _, system, memory = _FAMILIES[accelerator.rpartition("-")[0]]
+        chosen = Configuration.of(accelerator, None, None)
         target = folder / accelerator
         target.mkdir(parents=True, exist_ok=True)
         options = ["--accelerator-config", accelerator, "--output-dir", str(target)]
-        options += ["--config", "Arm/vela.ini", "--system-config", system, "--memory-mode", memory]
+        options += ["--config", chosen.config, "--system-config", chosen.system_config]
+        options += ["--memory-mode", chosen.memory_mode]
         for path in paths:
             jobs.append([str(path), *options, *more])
             found[path.stem, accelerator] = target / f"{path.stem}_vela.tflite"

@@ -26,13 +26,13 @@ from torchclust.export import (
     vela,
     verify_compiled,
 )
+from torchclust.export.accelerators import ACCELERATORS
 from torchclust.export.compiled.commands import read_payload
 from torchclust.export.compiled.layers import read_layers
 from torchclust.export.compiled.matching import match
 from torchclust.export.compiled.streams import cut, decode
 from torchclust.export.compiled.verification import inspect_compiled
 from torchclust.export.graph import read_graph
-from torchclust.export.vela import ACCELERATORS
 
 
 def odd_kernels() -> nn.Module:
@@ -200,7 +200,8 @@ COP1, U55, U85 = 0x31504F43, 7, 7 | 2 << 28
 @pytest.mark.parametrize(
     ("payload", "message"),
     [
-        (b"COP1\0", "it is cut off"),
+        (b"COP1\0", "the command stream is damaged: it is cut off"),
+        (b"", "it does not begin with 'COP1'"),
         (words(0), "it does not begin with 'COP1'"),
         (words(COP1, 5, 5), "it has no commands"),
         (words(COP1, 1, U55, 0, 2 | 9 << 16, 0), "it has no commands"),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from torchclust import cluster_
-from torchclust.export import ExportError, rewrites, to_tflite
+from torchclust.export import ExportError, to_tflite
+from torchclust.export.rewrites import rules
 from torchclust.export.rewrites.traced import Substitute, Traced
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -41,7 +42,7 @@ class Sine(nn.Module):
 def test_the_first_wrong_operator_is_named(
     float_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(rewrites._RULES, "sin", wrong)
+    monkeypatch.setitem(rules.RULES, "sin", wrong)
     match = r"agrees with torch to .* dB only, .* aten.sin.default in module 'bad'"
     with pytest.raises(ExportError, match=match):
         to_tflite(Branches(), X, tmp_path / "a", calibration=[X], float=float_file)
@@ -73,6 +74,21 @@ def test_a_state_that_is_always_zero_gets_a_range(tmp_path: Path) -> None:
     assert result.sqnr_db is not None
     assert result.sqnr_db > 25
     assert 0.5 < result.inputs[1].scale * 127 < 2
+
+
+def test_an_operator_without_int8_form_is_named(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.LocalResponseNorm(5))
+    with pytest.raises(ExportError, match=r"'1' becomes STABLEHLO_\w+, which has no int8 form"):
+        to_tflite(model, X, tmp_path / "a", calibration=[X])
+
+
+def test_the_converters_error_names_the_layer(tmp_path: Path) -> None:
+    grouped = nn.ConvTranspose2d(4, 4, 3, 2, dilation=2, groups=2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU(), grouped))
+    match = r"cannot convert Sequential, module '1.1': .*: error: failed to legalize"
+    with pytest.raises(ExportError, match=match) as info:
+        to_tflite(model, X, tmp_path / "a", calibration=[X])
+    assert "site-packages" not in str(info.value)
 
 
 def test_integer_outputs_stay_outside(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torchclust.export.compiled.order import weight_order
 
 mlw_codec = pytest.importorskip("ethosu.mlw_codec")
 
-SHAPES = [(5, 1, 1, 3), (20, 3, 3, 9), (17, 5, 2, 40), (9, 10, 1, 8), (8, 11, 9, 1), (40, 1, 1, 70)]
+SHAPES = [(5, 1, 1, 3), (20, 3, 3, 9), (9, 10, 2, 8), (8, 11, 9, 1), (40, 1, 1, 70)]
 U85 = [Hardware("ethos-u85", macs, cores) for macs, cores in ((128, 1), (512, 2), (2048, 4))]
 
 
@@ -45,7 +45,7 @@ def test_u55_order_is_that_of_velas_encoder(
     codes = rng.integers(-9, 10, shape).astype(np.int16)
     flat = np.append(codes.ravel(), 0)
     micro = 4 if macs == 32 else 8
-    for block, dilation, bits in itertools.product((8, 16, 128), (1, 2), (8, 16)):
+    for block, dilation, bits in ((8, 1, 8), (16, 2, 8), (128, 1, 16)):
         (order,) = weight_order(
             layout(
                 shape,
@@ -77,7 +77,7 @@ def test_every_weight_is_read_once(
     for part, depthwise, stride, bits, sparse in itertools.product(
         (False, True), (False, True), (1, 2), (8, 16), (False, True)
     ):
-        if depthwise and (part or fast or sparse):
+        if (depthwise and (part or fast or sparse)) or (sparse and bits == 16):
             continue
         one = layout(
             (*shape[:3], 1) if depthwise else shape,

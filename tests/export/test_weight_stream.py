@@ -44,7 +44,7 @@ def encoded(values: Array) -> bytes:
 def test_random_streams_decode_as_vela_decodes_them() -> None:
     rng = np.random.default_rng(0)
     for number in range(STREAMS):
-        values = weights(rng, int(rng.integers(1, 3000 if number % 100 == 0 else 120)))
+        values = weights(rng, int(rng.integers(1, 2000 if number % 200 == 0 else 60)))
         data = encoded(values)
         stream = decode_weights(data, len(values))
         theirs = mlw_codec.decode(bytearray(data))
@@ -73,8 +73,8 @@ def test_zero_runs_and_palettes_are_counted() -> None:
 def test_damaged_streams_end_in_one_error(seed: int) -> None:
     """Or in other values, never in anything else, nor in more values than were asked for."""
     rng = np.random.default_rng(seed)
-    for _ in range(300):
-        values = weights(rng, int(rng.integers(1, 200)))
+    for _ in range(200):
+        values = weights(rng, int(rng.integers(1, 100)))
         data = bytearray(encoded(values))
         for _ in range(int(rng.integers(1, 4))):
             data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
@@ -90,7 +90,7 @@ def test_damaged_streams_end_in_one_error(seed: int) -> None:
 _TRUNCATED = 21  # the bit of a slice's header that only matters to quotients of 2 and more
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_every_flipped_bit_is_found_but_a_flag_that_changes_nothing(seed: int) -> None:
     rng = np.random.default_rng(seed)
     values = rng.choice([0, *rng.integers(-127, 128, 2 * seed + 1)], 120).astype(np.int16)

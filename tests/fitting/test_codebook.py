@@ -656,3 +656,12 @@ def test_rows_are_compared_in_their_own_units(shape: tuple[int, ...], dtype: tor
     scaled = rows.float() / units.view(-1, *[1] * (len(shape) - 1))
     found = count_below_in_units(rows, units, limits)
     assert found.equal(torch.bucketize(scaled, limits).to(torch.uint8))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_centroid_on_a_side_is_the_far_end(sign: int) -> None:
+    """What TFMOT's linspace gives; API.md names these values."""
+    values = sign * torch.tensor([-3, -2, -1, 0, 1.1, 2, 3, 4, 5, 6, 7, 8, 9])
+    book = fit_codebook(values, 6, init="linear", max_iter=0, preserve_sparsity=True)
+    expected = sign * torch.tensor([-3, 0, 1.1, 1.1 + 7.9 / 3, 1.1 + 15.8 / 3, 9])
+    torch.testing.assert_close(book.centroids, expected.sort().values)

@@ -117,6 +117,7 @@ group_size: 8
 assignment: nearest
 gradient: mean
 preserve_sparsity: true
+rate: 0.05
 strict: false
 seed: 1
 """

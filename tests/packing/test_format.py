@@ -114,6 +114,28 @@ def test_todays_files_are_as_documented(reader: Callable[[bytes], Any], tmp_path
         assert documented[name][2] == to_bits(parameter).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_large_codebook_is_split(
+    reader: Callable[[bytes], Any], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """The highest bytes of 200 centroids deflate; the file is smaller by them, and the same."""
+    torch.manual_seed(0)
+    books = (torch.randn(2, 200) / 20).to(dtype)
+    model = nn.Module()
+    model.register_buffer("a", books[0][torch.randint(200, (80, 100))])
+    content = written(model, tmp_path)
+    assert content[22 + 8] == 4
+    with (tmp_path / "file").open("rb") as file:
+        (record,) = read_records(file)
+    assert record.header.saved_bytes > 40
+    assert record.header.side_bytes == len(books[0].unique()) * dtype.itemsize
+    assert reader(content)["a"][2] == to_bits(model.a).tolist()
+    expected = model.a.clone()
+    model.a.zero_()
+    load(content, model)
+    assert torch.equal(model.a, expected)
+
+
 class Small(nn.Module):
     """Two tensors, coded and raw: a file of some 200 bytes."""
 
@@ -278,6 +300,7 @@ def coded(k: int = 1) -> bytes:
 
 
 ONE = struct.pack("<I", 1 << 20) + bytes(4)  # one codebook of one float32 0
+SPLIT = struct.pack("<I", 80)
 HUGE = (1 << 32) - 1
 MALFORMED = {
     "a tensor that the model lacks": (head((HUGE, HUGE)) + coded() + struct.pack("<I", HUGE)
@@ -290,7 +313,7 @@ MALFORMED = {
                     PackedFileError, "codebooks for 0 rows"),
     "raw data of another size": (head((80,), 0), bytes(316), PackedFileError, "another length"),
     "more after a raw header": (head((80,), 0) + b"x", bytes(320), PackedFileError, "1 bytes too"),
-    "a kind": (head((80,), 4), b"", PackedFileError, "is malformed: invalid kind 4"),
+    "a kind": (head((80,), 5), b"", PackedFileError, "is malformed: invalid kind 5"),
     "an element type": (head((80,), 1, 17), b"", PackedFileError, "invalid element type 17"),
     "an axis": (head((80,), 1, 0, 1), b"", PackedFileError, "invalid channel dimension 1 of 1"),
     "no names": (b"\0" * 6, bytes(4), PackedFileError, "invalid names"),
@@ -321,6 +344,12 @@ MALFORMED = {
                          PackedFileError, "not one of 1 symbols"),
     "a table too steep": (head((80,)) + coded(2) + struct.pack("<I", 80) + bytes(8) + bytes(24)
                           + b"\1", b"", PackedFileError, "falls by 192 steps, at most 191"),
+    "a split codebook, damaged": (head((80,), 4) + coded() + SPLIT + b"\1\0\0\0\7" + bytes(3), b"",
+                                  PackedFileError, "does not inflate"),
+    "a split codebook of two": (head((80,), 4) + coded() + SPLIT + b"\4\0\0\0c`\0\0" + bytes(3),
+                                b"", PackedFileError, "inflates to 2 elements, not 1"),
+    "a split codebook of bytes": (head((80,), 4, 4) + coded() + SPLIT, b"",
+                                  PackedFileError, "split codebook of single bytes"),
     "a bool of 2": (head((80,), 0, 9), b"\2" * 80, PackedFileError, "is bool and holds 2"),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -19,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 _LONGEST = 300
+_SOURCE_LINE = re.compile(r"/\S+:\d+:\d+: ")  # of the compiler's user, inside torch
 INSTALL = 'pip install "torchclust[export]"'
 
 # The quantizer was renamed; the API is the same, so the first that imports is used.
@@ -32,6 +34,7 @@ class ExportError(RuntimeError):
 def first_line(error: BaseException) -> str:
     """What a third party's error says, without the compiler output that may follow."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = _SOURCE_LINE.sub("", line)
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 

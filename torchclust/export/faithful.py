@@ -6,6 +6,7 @@ file agrees with torch to 99 decibels and more, so one sample tells.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor, fx
 
 from torchclust.export.backends import ExportError
 from torchclust.export.graph import Array, Graph
-from torchclust.export.layout import Prepared
+from torchclust.export.layout import Prepared, module_of
+from torchclust.export.rewrites.traced import operator, shape
 from torchclust.export.runner import Runner
 from torchclust.export.verify import sqnr
 
@@ -42,11 +44,39 @@ def check_float(prepared: Prepared, content: bytes, graph: Graph, sample: Sequen
     )
     if worst >= _LEAST_DB:
         return
-    made = [run.tensor(i) for operator in graph.operators for i in operator.outputs]
+    made = [run.tensor(i) for o in graph.operators for i in o.outputs]
     raise ExportError(
         f"the converter makes another function of this model: its float file agrees with torch to "
         f"{worst:.1f} dB only, where 99 and more are usual. {_blame(prepared, sample, made)}"
     )
+
+
+def check_operators(prepared: Prepared, graph: Graph) -> None:
+    """Refuse what the quantizer fails on with an index error: operators with graphs of their own.
+
+    Raises:
+        ExportError: names the operator and, where the tensor's name tells, the module.
+    """
+    for made in graph.operators:
+        if made.name.startswith("STABLEHLO_") or made.name in ("WHILE", "IF"):
+            path = module_of(graph.tensors[made.outputs[0]].name, prepared.module)
+            where = f"module {path!r} becomes" if path else "an operator of the model becomes"
+            raise ExportError(
+                f"{where} {made.name}, which has no int8 form. Usual causes are "
+                f"LocalResponseNorm, AvgPool3d, cumsum and sorting: write it otherwise, or keep it "
+                f"outside"
+            )
+
+
+def layer_of(error: str, prepared: Prepared) -> str | None:
+    """The module whose operator a converter's error speaks of, from the shape that it shows."""
+    found = re.findall(r'"\w+\.(\w+)".*-> tensor<([\dx]+)x\w+>', error)
+    kind, dims = found[-1] if found else ("", "")
+    pixels = {int(n) for n in dims.split("x")[1:-1]} if dims else set()
+    for node in prepared.module.traced.nodes:
+        if kind[:4] and kind[:4] in operator(node) and pixels and pixels <= set(shape(node)):
+            return _module_path(node) or None
+    return None
 
 
 def _blame(prepared: Prepared, sample: Sequence[Tensor], made: Sequence[Array]) -> str:

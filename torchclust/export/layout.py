@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from torchclust.export.backends import ExportError, first_line, quietly
 from torchclust.export.names import input_names, output_names
-from torchclust.export.rewrites import rewrite
+from torchclust.export.rewrites.rules import rewrite
 from torchclust.export.rewrites.traced import Traced, operator
 from torchclust.model.cluster import strip_
 

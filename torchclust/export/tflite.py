@@ -25,7 +25,7 @@ from torchclust.export import backends, layout
 from torchclust.export import calibration as calibrating
 from torchclust.export.backends import ExportError
 from torchclust.export.clustered import Placed, find_clustered, trained_codes
-from torchclust.export.faithful import check_float
+from torchclust.export.faithful import check_float, check_operators, layer_of
 from torchclust.export.graph import Graph, Weight, read_graph
 from torchclust.export.inspect import Port, count_operators, float_operators, port
 from torchclust.export.learned import find_learned
@@ -36,7 +36,14 @@ from torchclust.export.pointwise import convolutions_for_linears
 from torchclust.export.quantize import quantize
 from torchclust.export.runner import Runner
 from torchclust.export.transposes import without_transposes
-from torchclust.export.verify import Agreement, Comparison, TensorRow, check_codes, most_samples
+from torchclust.export.verify import (
+    Agreement,
+    Comparison,
+    TensorRow,
+    check_codes,
+    most_samples,
+    multiplications,
+)
 from torchclust.export.whole_file import check_folder, write_whole
 
 
@@ -147,9 +154,11 @@ def to_tflite(
     converted = without_transposes(_convert(prepared))
     content = bytearray(converted if float else convolutions_for_linears(converted))
     float_file, graph = bytes(content), read_graph(content)
+    if not float:
+        check_operators(prepared, graph)
     check_float(prepared, float_file, graph, first)
     placed = find_clustered(graph.weights(), trained_codes(model, prepared), prepared.used)
-    comparison = Comparison(prepared, most_samples(graph))
+    comparison = Comparison(prepared, most_samples(multiplications(graph)))
     inputs = calibrating.Counted(comparison.collect(samples))
     learned = None
     if float:
@@ -207,8 +216,10 @@ def _convert(prepared: layout.Prepared) -> bytes:
         with backends.quietly(), torch.no_grad():
             return bytes(litert.convert(prepared.module, prepared.example).model_content())
     except Exception as error:
+        layer = layer_of(str(error), prepared)
+        whose = f", module {layer!r}" if layer else ""
         raise ExportError(
-            f"litert-torch cannot convert {type(prepared.original).__name__}: "
+            f"litert-torch cannot convert {type(prepared.original).__name__}{whose}: "
             f"{backends.first_line(error)}"
         ) from error
 

@@ -124,7 +124,7 @@ def compile_with(
 
 def _verified(compiled: Path, original: Path) -> CompiledInspection | str:
     """What the compiled file holds, or why that cannot be compared with the original."""
-    if original.suffix != ".tflite":
+    if compiled.suffix != ".tflite":
         return "only .tflite files are compared with what they were made from"
     try:
         return verify_compiled(compiled, original)

@@ -90,9 +90,9 @@ def _check(placed: Placed[Weight], weight: Weight | None) -> TensorRow:
     )
 
 
-def most_samples(graph: Graph) -> int:
-    """How many samples reference kernels run in a bearable time."""
-    return int(np.clip(_MOST_MACS / max(1, _macs(graph)), 2, _MOST_SAMPLES))
+def most_samples(macs: float) -> int:
+    """How many samples of so many multiplications reference kernels run in a bearable time."""
+    return int(np.clip(_MOST_MACS / max(1, macs), 2, _MOST_SAMPLES))
 
 
 class Comparison:
@@ -113,6 +113,10 @@ class Comparison:
             if len(self._first) < self._most:
                 self._first.append(sample)
             yield self._prepared.to_file_layout(sample)
+
+    def keep(self, most: int) -> None:
+        """Of the samples that came, compare no more than this."""
+        del self._held_out[most:], self._first[most:]
 
     @property
     def first(self) -> Sample:
@@ -154,7 +158,7 @@ def sqnr(pairs: Sequence[tuple[Array, Array]]) -> float:
     return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
-def _macs(graph: Graph) -> float:
+def multiplications(graph: Graph) -> float:
     """Multiplications of one run, as far as weights tell: elements of output x inputs of each."""
     total = 0.0
     for weight in graph.weights():

@@ -106,8 +106,9 @@ def count_below(values: Tensor, boundaries: Tensor) -> Tensor:
     dtype = _searchable(torch.promote_types(values.dtype, boundaries.dtype))
     values, boundaries = values.detach().to(dtype), boundaries.detach().to(dtype)
     few = len(boundaries) < 256
-    if few and values.device.type == "cpu" and not must_be_traceable():
-        flat, counts = values.reshape(-1), torch.empty(values.shape, dtype=torch.uint8)
+    if few and values.device.type == "cpu" and not must_be_traceable(values, boundaries):
+        flat = values.reshape(-1)
+        counts = torch.empty(values.shape, dtype=torch.uint8, device="cpu")
         count = _counter(boundaries.numpy(), values.numel())
         plain, written = flat.numpy(), counts.view(-1).numpy()
         in_blocks(lambda part: count(plain[part], written[part]), flat, len(flat), _SHARE)
@@ -128,9 +129,10 @@ def count_below_in_units(rows: Tensor, units: Tensor, boundaries: Tensor) -> Ten
         boundaries: `(b,)` ascending.
     """
     units = units.view(-1, *[1] * (rows.dim() - 1))
-    if rows.device.type != "cpu" or must_be_traceable() or rows.numel() <= _BLOCK:
+    if rows.device.type != "cpu" or must_be_traceable(rows, units) or rows.numel() <= _BLOCK:
         return count_below(rows.to(units.dtype) / units, boundaries)
-    rows, counts = rows.detach(), torch.empty(rows.shape, dtype=torch.uint8)
+    rows = rows.detach()
+    counts = torch.empty(rows.shape, dtype=torch.uint8, device="cpu")
     count = _counter(boundaries.to(units.dtype).numpy(), rows.numel())
 
     def divide_and_count(part: slice) -> None:
@@ -150,10 +152,10 @@ def count_below_in_rows(rows: Tensor, boundaries: Tensor) -> Tensor:
     """
     dtype = _searchable(torch.promote_types(rows.dtype, boundaries.dtype))
     flat, limits = rows.detach().to(dtype).flatten(1), boundaries.detach().to(dtype)
-    if flat.device.type != "cpu" or must_be_traceable() or limits.shape[1] > _COMPARED:
+    if flat.device.type != "cpu" or must_be_traceable(rows, limits) or limits.shape[1] > _COMPARED:
         found = torch.searchsorted(limits.contiguous(), flat.contiguous(), out_int32=True)
         return found.to(torch.uint8).view(rows.shape)
-    counts = torch.empty(rows.shape, dtype=torch.uint8)
+    counts = torch.empty(rows.shape, dtype=torch.uint8, device="cpu")
 
     def count(part: slice) -> None:
         block, into = flat[part].numpy(), counts[part].flatten(1).numpy()

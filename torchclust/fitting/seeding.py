@@ -35,6 +35,8 @@ def seeds(init: str, moments: Moments, k: int, rng: np.random.Generator) -> Floa
 
 def _linear(moments: Moments, k: int) -> Float64s:
     low, high = float(moments.values[0]), float(moments.values[-1])
+    if k == 1:  # one side of a pinned zero: the far end, as in TFMOT
+        return np.array([high])
     halves = np.linspace(low / 2, high / 2, k)  # high - low may be out of range, half of it is not
     return np.unique(np.clip(2 * halves, low, high))
 

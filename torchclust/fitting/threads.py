@@ -19,12 +19,24 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 WORTHWHILE = 1 << 21  # elements from which a second thread is worth waking
 
 
-def must_be_traceable() -> bool:
-    """Under a compiler, ``torch.export``, or ``torch.func``'s transforms: plain torch operators."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def must_be_traceable(*tensors: Tensor) -> bool:
+    """Whether only plain torch operators will do, neither numpy nor memory of one's own.
+
+    Under a compiler, ``torch.export``, ``torch.jit.trace``, ``torch.func``'s transforms, whatever
+    watches operators (``FakeTensorMode``), and for tensors of another type than torch's own.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(tensor) not in _PLAIN for tensor in tensors)
+    )
 
 
 def in_blocks(

@@ -12,79 +12,51 @@ the checkpoint wherever the run goes on; ``on_fit_end`` comes after the last che
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
 from torchclust.activations.quantized import FirstCalls, kept_quantized, quantized_modules
-from torchclust.lightning.distributed import keep_indices_local_, on_rank_zero
+from torchclust.lightning.averaging import mend_copies_, strip_copies_
+from torchclust.lightning.distributed import keep_indices_local_
 from torchclust.lightning.freezing import Freezer
-from torchclust.lightning.monitor import announcement, assignments, histograms, measure
-from torchclust.lightning.optimizers import carry_over, scale_rates
-from torchclust.lightning.price import share_of_price
+from torchclust.lightning.monitor import announcement, assignments, measure, write_histograms
+from torchclust.lightning.optimizers import of_plain_model_
+from torchclust.lightning.options import DEFAULT, Options, leaving_out
+from torchclust.lightning.preconditions import (
+    builds_late,
+    check_arguments,
+    check_decay,
+    check_hyperparameters,
+    check_rules,
+    check_trainer,
+)
+from torchclust.lightning.price import charge
 from torchclust.lightning.rng import random_state, set_random_state
-from torchclust.lightning.trees import (
-    Callback,
-    is_overridden,
-    of_all,
-    rank_zero_info,
-    rank_zero_warn,
-)
-from torchclust.model.charge import charge_, is_priced
-from torchclust.model.cluster import cluster_, strip_
-from torchclust.model.clustering import is_clustered, named_clusterings
-from torchclust.model.restore import restore_structure_
-from torchclust.model.rules import Rules
-from torchclust.model.slots import planned
-from torchclust.weight.config import (
-    Assignment,
-    ClusterConfig,
-    CodebookDtype,
-    Gradient,
-    Granularity,
-    Init,
-)
+from torchclust.lightning.structure import match_structure, remaining
+from torchclust.lightning.transition import Rates, cluster_on_every_rank, in_mid_training
+from torchclust.lightning.trees import Callback, is_overridden, rank_zero_info
+from torchclust.model.cluster import strip_
+from torchclust.model.clustering import is_clustered
+from torchclust.weight.config import ClusterConfig
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-_SINGLE = of_all("strategies.SingleDeviceStrategy")
-_DDP = of_all("strategies.DDPStrategy")
 _RANDOM_STATE = "torchclust_random_state"
-_BESIDE_RULES = ("importance", "inputs", "seed")
-_COPIERS = {"WeightAveraging", "StochasticWeightAveraging"}  # of the module, in their own setup
-
-
-class Options(TypedDict, total=False):
-    """What `torchclust.cluster_` takes beside the rules; typed, so that LightningCLI parses it."""
-
-    codebook_dtype: CodebookDtype
-    init: Init
-    max_iter: int
-    granularity: Granularity
-    group_size: int | None
-    assignment: Assignment
-    gradient: Gradient
-    preserve_sparsity: bool
-    rate: float
-    importance: Mapping[str, Tensor] | None
-    inputs: Iterable[Any] | None
-    strict: bool
-    seed: int
 
 
 class WeightClustering(Callback):
     """Cluster the module, fine-tune it with a lowered learning rate, strip it at the end.
 
     Works with one device and with ``strategy="ddp"``, where the codebooks are fitted on rank 0 and
-    only they are all-reduced (with ``assignment="nearest"`` the weights as well). A module that is
-    clustered already stays as it is.
+    only they are all-reduced (with ``assignment="nearest"`` the weights as well). What is clustered
+    already stays as it is, what is not gets clustered, and a rule that says otherwise of what is
+    raises. Several of these callbacks may share a module; the first one lowers the rates.
 
     *Checkpoints.* A run resumed with ``ckpt_path=`` goes on bit for bit: structure, optimizers,
     schedules and (with one process) the random generators. In the middle of an epoch that needs a
@@ -142,7 +114,7 @@ class WeightClustering(Callback):
 
     def __init__(
         self,
-        rules: int | ClusterConfig | Mapping[str, Any] = 16,
+        rules: int | ClusterConfig | Mapping[str, Any] = DEFAULT,
         *,
         lr_scale: float = 0.1,
         start_epoch: int = 0,
@@ -153,14 +125,7 @@ class WeightClustering(Callback):
         quantize_activations: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        if not 0 < lr_scale < float("inf"):
-            raise ValueError(f"lr_scale must be positive, got {lr_scale!r}")
-        if isinstance(start_epoch, bool) or not isinstance(start_epoch, int):
-            raise TypeError(f"start_epoch must be an int, got {start_epoch!r}")
-        if start_epoch < 0:
-            raise ValueError(f"start_epoch must be at least 0, got {start_epoch}")
-        if save_stripped is not None and not strip:
-            raise ValueError(f"save_stripped={save_stripped!r} needs strip=True, got strip=False")
+        check_arguments(lr_scale, start_epoch, strip=strip, save_stripped=save_stripped)
         self.rules = rules
         self.lr_scale = lr_scale
         self.start_epoch = start_epoch
@@ -171,6 +136,8 @@ class WeightClustering(Callback):
         self.quantize_activations = quantize_activations
         self.options = options
         self._freezer = Freezer(())
+        self._rates = Rates(lr_scale)
+        self._done = False
         self._hook: RemovableHandle | None = None
         self._first_calls: FirstCalls | None = None
         self._assigned: dict[str, Tensor] = {}
@@ -179,24 +146,29 @@ class WeightClustering(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Cluster before the optimizers exist, and get ready to load a clustered checkpoint."""
         self._release()
-        if stage == "fit":
-            self._check(trainer)
-        self._freezer = Freezer(self.freeze if stage == "fit" else ())
+        fitting = stage == "fit"
+        if fitting:
+            check_trainer(trainer, self)
+        self._freezer = Freezer(self.freeze if fitting else ())
+        asked = (leaving_out(self.rules, self.freeze), self.options) if fitting else None
         self._hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-            functools.partial(_match_structure, self._freezer)
+            functools.partial(match_structure, self._freezer, asked)
         )
         if is_clustered(pl_module):
             self._freezer.freeze_parameters_(pl_module)
-        elif stage == "fit" and not _builds_late(pl_module):
-            if self.start_epoch == 0:
-                self._cluster(trainer, pl_module)
-            else:
-                self._check_rules(pl_module)  # not only after epochs of training
+        if not fitting or (builds_late(pl_module) and not is_clustered(pl_module)):
+            return
+        check_hyperparameters(trainer, pl_module)
+        check_rules(self, pl_module)  # not only after epochs of training
+        if self.start_epoch == 0:
+            self._cluster(trainer, pl_module)
+        if is_clustered(pl_module):
+            self._rates.watch_finder(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lower the learning rates of the optimizers just built."""
         if is_clustered(pl_module):
-            self._adjust(trainer)
+            self._adjust(trainer, pl_module, lowered=not self._leads(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on where a checkpoint was taken, even at the very end of an epoch.
@@ -227,10 +199,8 @@ class WeightClustering(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Charge the weights for their bits: less and less cheaply over the first half."""
-        if is_priced(pl_module):
-            share = share_of_price(trainer, self.start_epoch)
-            held = [p for group in optimizer.param_groups for p in group["params"]]
-            charge_(pl_module, share, parameters=held)
+        if self._leads(trainer):
+            charge(trainer, pl_module, optimizer, self.start_epoch)
 
     def on_train_batch_end(
         self,
@@ -247,21 +217,31 @@ class WeightClustering(Callback):
         """Log what the clusterings amount to."""
         if trainer.barebones:  # where to log is to be warned
             return
+        if not self._leads(trainer):
+            return
         before, self._assigned = self._assigned, assignments(pl_module)
         metrics = measure(pl_module, before, self._assigned)
         pl_module.log_dict(metrics, batch_size=1, sync_dist=True)
         if self.log_histograms and trainer.is_global_zero:
-            for name, weight in histograms(pl_module).items():
-                for writer in _writers(trainer):
-                    writer.add_histogram(name, weight, trainer.global_step)
+            write_histograms(trainer.loggers, pl_module, trainer.global_step)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before an averaging callback exchanges its copy and the module."""
+        mend_copies_(trainer.callbacks)  # type: ignore[attr-defined]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before an averaging callback copies the average into the module."""
+        mend_copies_(trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Strip, after the last checkpoint was written; learned activation ranges stay."""
-        dry_run = trainer.fast_dev_run  # type: ignore[attr-defined]
         with kept_quantized(pl_module):
-            if self.strip:
+            if self.strip and is_clustered(pl_module):
                 strip_(pl_module)
-            if self.save_stripped is not None and not dry_run:
+                strip_copies_(trainer.callbacks)  # type: ignore[attr-defined]
+                of_plain_model_(trainer.optimizers, pl_module)
+                self._rates.restore(trainer)
+            if self.save_stripped and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 trainer.save_checkpoint(self.save_stripped, weights_only=True)
 
     def on_exception(
@@ -294,77 +274,37 @@ class WeightClustering(Callback):
             set_random_state(state)
             self._random_state = state if state["within_epoch"] else None
 
-    def _check(self, trainer: Trainer) -> None:
-        strategy, last = trainer.strategy, trainer.max_epochs
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if not isinstance(strategy, _SINGLE + _DDP):
-            raise ValueError(
-                f"WeightClustering works on one device and with strategy='ddp', got "
-                f"{type(strategy).__name__}, which shards or splits the parameters it clusters"
-            )
-        for callback in callbacks:
-            copies = _COPIERS & {cls.__name__ for cls in type(callback).__mro__}
-            late = self.start_epoch > 0 or callbacks.index(callback) < callbacks.index(self)
-            if copies and late:
-                raise ValueError(
-                    f"{copies.pop()} averages a copy of the module that it makes when fitting "
-                    f"starts, so that must be clustered by then: list WeightClustering before it, "
-                    f"with start_epoch=0 (got {self.start_epoch})"
-                )
-        if last is not None and 0 <= last <= self.start_epoch:
-            rank_zero_warn(
-                f"WeightClustering never clusters: start_epoch={self.start_epoch}, but the "
-                f"trainer stops after max_epochs={last}"
-            )
-
-    def _check_rules(self, pl_module: LightningModule) -> None:
-        of_rules: dict[str, Any] = {k: v for k, v in self.options.items() if k not in _BESIDE_RULES}
-        if not planned(pl_module, _leaving_out(self.rules, self.freeze), **of_rules):
-            raise ValueError(
-                f"WeightClustering({self.rules!r}, freeze={list(self.freeze)!r}) finds nothing to "
-                f"cluster; print(torchclust.summary(module)) says why, tensor by tensor"
-            )
-
     def _cluster(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cluster on rank 0 and everywhere alike, then freeze."""
-
-        def fit() -> dict[str, Tensor]:
-            self._check_rules(pl_module)
-            cluster_(pl_module, _leaving_out(self.rules, self.freeze), **self.options)
-            if trainer.world_size == 1:
-                return {}
-            state = pl_module.state_dict()
-            return {k: v.cpu() for k, v in state.items() if "parametrizations." in k}
-
-        state = on_rank_zero(fit, trainer.is_global_zero, trainer.strategy.broadcast)
-        if not trainer.is_global_zero:
-            restore_structure_(pl_module, state)
-        self._freezer.freeze_parameters_(pl_module)
+        rules = leaving_out(self.rules, self.freeze)
+        then = functools.partial(self._freezer.freeze_parameters_, pl_module)
+        cluster_on_every_rank(trainer, pl_module, rules, self.options, then)
 
     def _cluster_if_due(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Cluster now if it is time, and rebuild what holds on to the parameters as they were."""
-        if trainer.current_epoch < self.start_epoch or is_clustered(pl_module):
+        """Cluster now if it is time and anything is left to be clustered."""
+        if trainer.current_epoch < self.start_epoch or self._done:
             return False
-        known = list(pl_module.parameters())  # held, so that no new one takes an old one's id
-        self._cluster(trainer, pl_module)
-        optimizers, schedulers = trainer.optimizers, trainer.lr_scheduler_configs
-        if isinstance(trainer.strategy, _DDP):
-            trainer.strategy.model = pl_module
-            trainer.strategy.configure_ddp()
-        trainer.strategy.setup_optimizers(trainer)
-        codebooks = {id(c.centroids) for _, c in named_clusterings(pl_module)}
-        fresh = codebooks | {id(p) for p in pl_module.parameters()} - {id(p) for p in known}
-        carry_over(optimizers, trainer.optimizers, fresh)
-        for was, now in zip(schedulers, trainer.lr_scheduler_configs, strict=True):
-            now.scheduler.load_state_dict(was.scheduler.state_dict())
-        self._adjust(trainer)
+        self._done, lowered = True, is_clustered(pl_module)
+        rules = leaving_out(self.rules, self.freeze)
+        if lowered and not remaining(pl_module, rules, self.options):
+            return False
+        check_rules(self, pl_module)
+        cluster = functools.partial(self._cluster, trainer, pl_module)
+        in_mid_training(trainer, pl_module, cluster)
+        self._adjust(trainer, pl_module, lowered=lowered)
         return True
 
-    def _adjust(self, trainer: Trainer) -> None:
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        scale_rates(trainer.optimizers, schedulers, self.lr_scale)
+    def _adjust(self, trainer: Trainer, pl_module: LightningModule, *, lowered: bool) -> None:
+        if not lowered:
+            check_decay(trainer.optimizers, pl_module)
+            self._rates.lower(trainer)
         if trainer.strategy.model is not None:
             keep_indices_local_(trainer.strategy.model)
+
+    def _leads(self, trainer: Trainer) -> bool:
+        """Whether this is the first of several callbacks that cluster one module."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return next(c for c in callbacks if isinstance(c, WeightClustering)) is self
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What starts with clustered training, in this process."""
@@ -372,14 +312,10 @@ class WeightClustering(Callback):
         self._assigned = assignments(pl_module)
         loads = is_overridden("on_load_checkpoint", pl_module)
         rank_zero_info(announcement(pl_module, hint=not loads))
-        if self.log_histograms and not _writers(trainer) and trainer.is_global_zero:
-            rank_zero_warn(
-                "log_histograms=True needs a TensorBoardLogger: no logger here takes them"
-            )
 
     def _release(self) -> None:
         self._freezer.release()
-        self._assigned, self._random_state = {}, None
+        self._assigned, self._random_state, self._done = {}, None, False
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -389,32 +325,3 @@ class WeightClustering(Callback):
         if self._first_calls is not None:
             self._first_calls.stop()
             self._first_calls = None
-
-
-def _leaving_out(rules: Rules, patterns: Sequence[str]) -> Rules:
-    """The rules with the patterns as last ones, which leave what they match alone."""
-    if not patterns:
-        return rules
-    given = rules if isinstance(rules, Mapping) else {"*": rules}
-    return {p: rule for p, rule in given.items() if p not in patterns} | dict.fromkeys(patterns)
-
-
-def _builds_late(pl_module: LightningModule) -> bool:
-    """Whether layers or weights may come after the callbacks' ``setup``."""
-    own_hooks = any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
-    return own_hooks or any(map(is_lazy, pl_module.parameters()))
-
-
-def _match_structure(
-    freezer: Freezer, module: torch.nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
-) -> None:
-    """Make the module clustered where the incoming state is, before its tensors are looked up."""
-    own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-    restore_structure_(module, own)
-    if is_clustered(module):  # optimizers built hereafter see the same as when it was saved
-        freezer.freeze_parameters_(module)
-
-
-def _writers(trainer: Trainer) -> list[Any]:
-    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-    return [writer for writer in experiments if hasattr(writer, "add_histogram")]

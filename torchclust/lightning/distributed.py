@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,6 +36,24 @@ def on_rank_zero(
         raise outcome
     result: ResultT = outcome
     return result
+
+
+def on_every_rank(work: Callable[[], None], world_size: int) -> None:
+    """Do the same everywhere, and raise everywhere what any rank raised: none waits for another."""
+    raised: Exception | None = None
+    try:
+        work()
+    except Exception as error:
+        raised = error
+    if world_size > 1:
+        outcomes: list[tuple[str, str] | None] = [None] * world_size
+        dist.all_gather_object(outcomes, raised and (type(raised).__name__, str(raised)))
+        failed = next(((rank, one) for rank, one in enumerate(outcomes) if one is not None), None)
+        if raised is None and failed is not None:
+            rank, (kind, text) = failed
+            raise RuntimeError(f"rank {rank} could not cluster its module: {kind}: {text}")
+    if raised is not None:
+        raise raised
 
 
 def keep_indices_local_(model: ModuleT) -> ModuleT:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,19 @@ def histograms(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.float().cpu() for name, weight in weights.items()}
 
 
+def write_histograms(loggers: Iterable[Any], model: nn.Module, step: int) -> None:
+    """Hand `histograms` to every logger that takes them."""
+    for name, weight in histograms(model).items():
+        for writer in writers(loggers):
+            writer.add_histogram(name, weight, step)
+
+
+def writers(loggers: Iterable[Any]) -> list[Any]:
+    """What the loggers write histograms with: TensorBoard's do, others do not."""
+    experiments = [getattr(logger, "experiment", None) for logger in loggers]
+    return [writer for writer in experiments if hasattr(writer, "add_histogram")]
+
+
 def announcement(model: nn.Module, *, hint: bool) -> str:
     """What is clustered, as a short table; with ``hint``, how its checkpoints are loaded."""
     found = summary(model)
@@ -81,6 +95,6 @@ def _error(clustering: Clustering) -> float:
     if latent is None:
         return clustering.fit_error
     weight: Tensor = getattr(clustering.module, clustering.tensor_name)
-    norm = torch.linalg.vector_norm
-    error = norm(weight - latent, dtype=torch.float32) / norm(latent, dtype=torch.float32)
+    norm, wide = torch.linalg.vector_norm, torch.promote_types(latent.dtype, torch.float32)
+    error = norm(weight - latent, dtype=wide) / norm(latent, dtype=wide)
     return float(error.nan_to_num())  # an all-zero weight has none

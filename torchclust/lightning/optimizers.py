@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 _GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
@@ -34,6 +34,28 @@ def scale_rates(optimizers: Iterable[Optimizer], schedulers: Iterable[Any], fact
         for name in _SCHEDULER_RATES:
             if name in vars(scheduler):
                 setattr(scheduler, name, _times(vars(scheduler)[name], factor))
+
+
+def rates_of(optimizers: Iterable[Optimizer]) -> set[float]:
+    """The rates that the groups start from."""
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    return {float(group.get("initial_lr", group["lr"])) for group in groups}
+
+
+def of_plain_model_(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
+    """Let optimizers forget what a stripped model has no more: a checkpoint of both then fits.
+
+    That are parameters which are gone, and state in a codebook's shape.
+    """
+    present = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            kept = [p for p in group["params"] if id(p) in present]
+            group["params"] = sorted(kept, key=lambda p: present[id(p)])  # a plain model's order
+        for parameter, state in list(optimizer.state.items()):
+            sizes = {v.shape for v in state.values() if isinstance(v, Tensor) and v.dim()}
+            if id(parameter) not in present or sizes - {parameter.shape}:
+                del optimizer.state[parameter]
 
 
 def carry_over(

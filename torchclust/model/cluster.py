@@ -89,6 +89,11 @@ def cluster_(
         >>> model.parametrizations.weight.original.shape
         torch.Size([4])
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"cluster_ takes a module, got {type(model).__name__}. Weights in a state dict: load "
+            f"them into their module first:  model.load_state_dict(state_dict)"
+        )
     chosen = chosen_slots(model, rules, options, strict)
     weights = _checked_importance(importance or {}, [slot for slot, _ in chosen])
 
@@ -124,8 +129,7 @@ def _fit_to_inputs(
     layers = []
     for slot, config in chosen:
         name = slot.candidate.name
-        for module, tensor_name in copies[name].places:
-            make_plain(module, tensor_name)
+        make_plain(copies[name].places)
         module, tensor_name = copies[name].places[0]
         layers.append(
             Layer(

@@ -61,7 +61,7 @@ class Clustering:
     def indices(self) -> Tensor:
         """Which centroid each weight has, ``uint8``, the weight's shape.
 
-        Positions in the codebook: for int8 in the mirrored one (``-codes, 0, codes``). With
+        Positions in the codebook, for int8 in `codes`. With
         ``assignment="nearest"`` they are those of this moment, in ascending order of centroids.
         """
         return self._parametrization.indices_of(self._original)
@@ -145,6 +145,11 @@ def is_clustered(module: nn.Module, tensor_name: str | None = None) -> bool:
 def check_distinct(path: str, clustering: Clustering, value: Tensor) -> None:
     """Raise if a tensor holds more values than its codebooks may."""
     config = clustering.config
+    if not value.isfinite().all():
+        raise ValueError(
+            f"{path!r} holds NaN or infinity: the training diverged. Lower the learning rate and "
+            f"train again, or strip without the check:  strip_(model, validate=False)"
+        )
     table_rows = value.transpose(0, clustering.channel_dim).flatten(1)
     if config.granularity == "tensor" and config.codebook_dtype == "float32":
         table_rows = table_rows.reshape(1, -1)

@@ -8,29 +8,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import WeightNorm
 
 from torchclust.weight.clustered import ClusteredWeight
 
 
 def parameters_behind(module: nn.Module, name: str) -> list[nn.Parameter]:
     """From which the tensor is computed; the tensor itself where it is plain."""
-    if parametrize.is_parametrized(module, name):
+    if isinstance(module, torch.jit.ScriptModule):
+        return [getattr(module, name)]
+    if name in parametrizations_of(module):
         return list(parametrizations_of(module)[name].parameters())
-    stored = [module._parameters.get(name + suffix) for suffix in ("", "_orig", "_g", "_v")]
+    stored = [module._parameters.get(name + suffix) for suffix in _suffixes(module, name)]
     return [parameter for parameter in stored if parameter is not None]
 
 
 def underlying(module: nn.Module, name: str) -> Tensor:
     """A parameter from which the tensor is computed; the tensor itself where it is plain."""
-    if parametrize.is_parametrized(module, name):
-        return next(parametrizations_of(module)[name].parameters())
-    for candidate in (name, name + "_orig", name + "_v"):
-        parameter = module._parameters.get(candidate)
-        if parameter is not None:
-            return parameter
-    raise AssertionError(f"{name} is no tensor of {module}")
+    behind = parameters_behind(module, name)
+    return behind[0] if name in parametrizations_of(module) else behind[-1]
+
+
+def computed_from(module: nn.Module, stored: str) -> str:
+    """The tensor that a parameter is stored for: ``weight`` for ``weight_orig`` of pruning.
+
+    The parameter's own name where it is just a parameter, whatever that name ends with.
+    """
+    for suffix in ("_orig", "_g", "_v"):
+        name = stored.removesuffix(suffix)
+        if name != stored and name not in module._parameters and suffix in _suffixes(module, name):
+            return name
+    return stored
+
+
+def _suffixes(module: nn.Module, name: str) -> tuple[str, ...]:
+    """Under which endings a tensor's parameters are stored."""
+    if any(
+        isinstance(h, WeightNorm) and h.name == name for h in module._forward_pre_hooks.values()
+    ):
+        return ("_g", "_v")
+    value = module.__dict__.get(name)  # computed anew by a hook, from pruning or spectral_norm
+    return ("_orig",) if isinstance(value, Tensor) else ("",)
 
 
 def trains(module: nn.Module, name: str) -> bool:
@@ -40,8 +61,13 @@ def trains(module: nn.Module, name: str) -> bool:
 
 def parametrizations_of(module: nn.Module) -> Mapping[str, parametrize.ParametrizationList]:
     """Return a module's parametrization lists by tensor name; empty where it has none."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return {}
     found = module._modules.get("parametrizations")
-    return found if isinstance(found, nn.ModuleDict) else {}  # type: ignore[return-value]
+    ours = isinstance(found, nn.ModuleDict) and all(
+        isinstance(holder, parametrize.ParametrizationList) for holder in found.values()
+    )
+    return found if ours else {}  # type: ignore[return-value]
 
 
 def clustered_weight(module: nn.Module, name: str) -> ClusteredWeight | None:

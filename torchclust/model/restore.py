@@ -18,6 +18,7 @@ from torchclust.model.places import clustered_weight, join, parametrizations_of,
 from torchclust.model.slots import slots_of
 from torchclust.model.surgery import attach, make_for
 from torchclust.weight.config import ClusterConfig, config_from_bytes
+from torchclust.weight.stored import rounded
 
 _CONFIG_KEY = re.compile(r"(?:(?P<path>.+)\.)?parametrizations\.(?P<name>[^.]+)\.0\.config_json")
 
@@ -91,7 +92,7 @@ def _tensors_under(state: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     """The tensors of one parametrization list by the names that `ClusteredWeight` gives them."""
     return {
         key.removeprefix(prefix).removeprefix("0."): value.detach().clone()
-        for key, value in state.items()
+        for key, value in rounded(state, prefix + "0.").items()
         if key.startswith(prefix)
     }
 

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 from torchclust.weight.config import ClusterConfig
 
 TOO_SMALL = "a tensor needs more elements than clusters"
+UNUSUAL = "not a weight that is clustered by default"
 
 
 Rule: TypeAlias = int | ClusterConfig | Mapping[str, Any] | None
@@ -37,6 +38,7 @@ class Candidate:
     classes: frozenset[str]
     kind: str
     n_elements: int
+    n_dims: int = 2
     skip: str | None = None
     refuse: str | None = None
 
@@ -65,7 +67,8 @@ def resolve_rules(
 
     A rule *names* a tensor when its pattern is the tensor's full name, or when its pattern reaches
     nothing that is clustered by default (``"*.depthwise.weight"``). What is skipped by default is
-    clustered only where a rule names it, so ``"*"`` never reaches biases and norms.
+    clustered only where a rule names it, so ``"*"`` never reaches biases and norms. A class name
+    reaches tensors of two dimensions and more.
 
     Raises:
         TypeError, ValueError: invalid rules; with ``strict`` also a pattern that matches nothing,
@@ -76,6 +79,11 @@ def resolve_rules(
         matches = [i for i, c in enumerate(candidates) if reaches(pattern, c)]
         if not matches:
             _complain(_matches_nothing(pattern, candidates), strict)
+        if config is not None:
+            vectors = [i for i in matches if _only_by_class(pattern, candidates[i])]
+            matches = [i for i in matches if i not in vectors]
+            if vectors and not matches:
+                _complain(_only_vectors(pattern, candidates[vectors[0]]), strict)
         usual = [i for i in matches if candidates[i].skip is None]
         for i in matches:
             named = pattern in candidates[i].names or (not usual and pattern != "*")
@@ -165,12 +173,55 @@ def _check_fields(given: Mapping[str, Any], where: str) -> None:
 
 def reaches(pattern: str, candidate: Candidate) -> bool:
     """Whether a pattern reaches a tensor: as a module class name, or as a glob over its names."""
-    return pattern in candidate.classes or any(
-        fnmatch.fnmatchcase(name, pattern) for name in candidate.names
+    return pattern in candidate.classes or _globs(pattern, candidate)
+
+
+def _globs(pattern: str, candidate: Candidate) -> bool:
+    """As a glob, in which brackets may also stand for themselves: ``block[0].*``."""
+    plain = pattern.replace("[", "[[]")
+    return any(fnmatch.fnmatchcase(n, p) for n in candidate.names for p in (pattern, plain))
+
+
+def _only_by_class(pattern: str, candidate: Candidate) -> bool:
+    return candidate.n_dims < 2 and not _globs(pattern, candidate)
+
+
+def _only_vectors(pattern: str, candidate: Candidate) -> str:
+    return (
+        f"rule {pattern!r} reaches tensors of one dimension only, such as {candidate.name!r}, and "
+        f"a class name is for weights of two and more; name the tensor if you mean it"
+    )
+
+
+def advice(
+    rules: Rules, candidates: Sequence[Candidate], decisions: Sequence[Decision]
+) -> str | None:
+    """What to type where rules for everything leave most weights alone, or cluster nothing."""
+    if isinstance(rules, Mapping) and ("*" not in rules or rules["*"] is None):
+        return None
+    pairs = list(zip(candidates, decisions, strict=True))
+    done = sum(c.n_elements for c, d in pairs if d.config is not None)
+    left = [c for c, d in pairs if d.skipped == c.skip == UNUSUAL and c.n_dims > 1]
+    if done and sum(c.n_elements for c in left) <= done:
+        return None
+    total = sum(c.n_elements for c in candidates)
+    largest = max(left, key=lambda c: c.n_elements, default=None)
+    if largest is None:
+        why = next((d.skipped for _, d in pairs if d.skipped), "it has no parameters")
+        return f"nothing is clustered: {why}. print(torchclust.summary(model)) lists every tensor"
+    return (
+        f"{done} of the model's {total} weights are clustered: {largest.name!r} ("
+        f"{largest.kind}, {largest.n_elements} elements) is {largest.skip}. To cluster it:  "
+        f'cluster_(model, {{"*": 16, "{largest.kind}": 16}})'
     )
 
 
 def _matches_nothing(pattern: str, candidates: Sequence[Candidate]) -> str:
+    if not candidates:
+        return (
+            f"rule {pattern!r} matches no parameter: this model has none. A quantized model keeps "
+            f"its weights packed: cluster the float model"
+        )
     known = sorted({name for c in candidates for name in (*c.names, *c.classes)})
     close = difflib.get_close_matches(pattern, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"parameters here: {', '.join(known[:8])}"

@@ -5,8 +5,9 @@ A `Slot` is a tensor and the places where it stands; its `Candidate` is all that
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,23 +18,29 @@ from torch.nn.utils import parametrize
 
 from torchclust.model.places import (
     clustered_weight,
+    computed_from,
     join,
     parameters_behind,
     parametrizations_of,
     underlying,
 )
-from torchclust.model.rules import TOO_SMALL, Candidate, Decision, Rules, reaches, resolve_rules
-from torchclust.weight.config import ClusterConfig
-
-_CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_CONV_TRANSPOSE)
-_CLUSTERABLE: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    ((nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, *_CONV), r"weight"),
-    ((nn.RNNBase, nn.RNNCellBase), r"weight_(ih|hh).*"),
-    ((nn.MultiheadAttention,), r"(in|q|k|v)_proj_weight"),
+from torchclust.model.refusals import (
+    CONV_TRANSPOSE,
+    overlaps,
+    why_not_subclassed,
+    why_refused,
+    why_skipped,
 )
-"""By default: these modules' tensors whose whole name matches. Attention's out-projection is a
-Linear of its own."""
+from torchclust.model.rules import (
+    TOO_SMALL,
+    Candidate,
+    Decision,
+    Rules,
+    advice,
+    reaches,
+    resolve_rules,
+)
+from torchclust.weight.config import ClusterConfig
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Slot:
     @property
     def channel_dim(self) -> int:
         """The weight's output-channel dimension: 1 for ConvTranspose, else 0."""
-        return 1 if isinstance(self.module, _CONV_TRANSPOSE) else 0
+        return 1 if isinstance(self.module, CONV_TRANSPOSE) else 0
 
     def value(self) -> Tensor:
         """What is clustered: the weight, or, behind a "nearest" lookup, the weight that trains."""
@@ -105,20 +112,50 @@ def live_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def planned(model: nn.Module, rules: Rules, *, strict: bool = True, **options: Any) -> list[str]:
     """Names of the tensors that `cluster_` would cluster; raises what it would raise of rules."""
-    return [slot.candidate.name for slot, _ in chosen_slots(model, rules, options, strict)]
+    chosen = chosen_slots(model, rules, options, strict, advise=False)
+    return [slot.candidate.name for slot, _ in chosen]
 
 
 def chosen_slots(
-    model: nn.Module, rules: Rules, options: Mapping[str, Any], strict: bool
+    model: nn.Module,
+    rules: Rules,
+    options: Mapping[str, Any],
+    strict: bool,
+    *,
+    advise: bool = True,
 ) -> list[tuple[Slot, ClusterConfig]]:
     """Return the slots that the rules cluster, each with its configuration."""
     slots = list(slots_of(model))
-    found = resolve_rules(rules, [s.candidate for s in slots], options, strict=strict)
+    candidates = [slot.candidate for slot in _looked_at_closely(slots)]
+    found = resolve_rules(rules, candidates, options, strict=strict)
+    hint = advice(rules, candidates, found) if advise else None
+    if hint is not None:
+        warnings.warn(hint, stacklevel=3)
     return [
         (slot, decision.config)
         for slot, decision in zip(slots, found, strict=True)
         if decision.config is not None
     ]
+
+
+def _looked_at_closely(slots: Sequence[Slot]) -> list[Slot]:
+    """The slots with what only a look at all of them, or at their classes, would refuse."""
+    plain = {slot.candidate.name: underlying(slot.module, slot.tensor_name) for slot in slots}
+    shared = overlaps(plain)
+    closely = []
+    for slot in slots:
+        candidate, other = slot.candidate, shared.get(slot.candidate.name)
+        if other is not None and candidate.refuse is None:
+            refuse = (
+                f"it shares memory with {other!r}, another parameter (a transposed or sliced view "
+                f"of it); a lookup would part them. Tie them as one parameter first"
+            )
+            candidate = dataclasses.replace(candidate, refuse=refuse)
+        elif candidate.refuse is None and candidate.skip is None:
+            refused = filter(None, (why_not_subclassed(_own_class(m)) for m, _ in slot.places))
+            candidate = dataclasses.replace(candidate, refuse=next(refused, None))
+        closely.append(dataclasses.replace(slot, candidate=candidate))
+    return closely
 
 
 def parameters_matching(model: nn.Module, pattern: str) -> list[nn.Parameter]:
@@ -134,8 +171,14 @@ def parameters_matching(model: nn.Module, pattern: str) -> list[nn.Parameter]:
 def slots_of(model: nn.Module) -> Iterator[Slot]:
     """Every parameter tensor of the model, whatever computes it now; tied ones once."""
     places: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    computing = {
+        id(inner)
+        for module in model.modules()
+        for holder in parametrizations_of(module).values()
+        for inner in holder.modules()
+    }
     for path, module in model.named_modules(remove_duplicate=False):
-        if "parametrizations" in path.split("."):
+        if id(module) in computing:
             continue
         for name, identity in _tensor_names(module):
             places.setdefault(identity, []).append((join(path, name), module, name))
@@ -153,77 +196,44 @@ def _tensor_names(module: nn.Module) -> Iterator[tuple[str, int]]:
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
-        stem = re.sub(r"_(orig|g)$", "", name)
-        computed = stem != name and stem not in module._parameters and hasattr(module, stem)
-        if computed:
-            yield stem, id(parameter)
-        elif not (name.endswith("_v") and name[:-2] + "_g" in module._parameters):
-            yield name, id(parameter)
+        tensor_name = computed_from(module, name)
+        if parameter is parameters_behind(module, tensor_name)[0]:  # of weight_norm's two, once
+            yield tensor_name, id(parameter)
 
 
 def _describe(names: tuple[str, ...], places: tuple[tuple[nn.Module, str], ...]) -> Candidate:
     module, name = places[0]
     mro = (cls for owner, _ in places for cls in type(owner).__mro__)
     bases = {cls.__name__ for cls in mro if issubclass(cls, nn.Module)}
-    base = type(module) if not parametrize.is_parametrized(module) else type(module).__bases__[0]
+    base = _own_class(module)
     parameter = underlying(module, name)
     lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
+    shape = torch.Size((0, 0)) if lazy else _shape(module, name, parameter)
     return Candidate(
         names=names,
         classes=frozenset(bases - {"Module", f"Parametrized{base.__name__}"}),
         kind=base.__name__,
-        n_elements=0 if lazy else _n_elements(module, name, parameter),
-        skip=_why_skipped(module, name),
-        refuse=_why_refused(module, name, parameter),
+        n_elements=shape.numel(),
+        n_dims=len(shape),
+        skip=why_skipped(module, name),
+        refuse=why_refused(module, name, parameter),
     )
 
 
-def _why_skipped(module: nn.Module, name: str) -> str | None:
-    if not any(
-        isinstance(module, classes) and re.fullmatch(pattern, name)
-        for classes, pattern in _CLUSTERABLE
-    ):
-        return "not a weight that is clustered by default"
-    if isinstance(module, _CONV) and 1 < module.groups == module.in_channels:
-        return "depthwise convolution"
-    return None
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """The class below the one that torch's parametrizations derive from it."""
+    return type(module).__bases__[0] if parametrizations_of(module) else type(module)
 
 
-def _why_refused(module: nn.Module, name: str, parameter: Tensor) -> str | None:
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        return "it is lazy and has no values yet; run one batch through the model first"
-    if parameter.is_meta:
-        return "it is on the meta device and has no values; load the weights first"
-    if not parameter.is_floating_point():
-        return f"its dtype is {parameter.dtype}, and only floating-point weights are clustered"
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and name == "weight":
-        if module.sparse:
-            return (
-                "sparse=True gives gradients by row, and a shared centroid has none; "
-                "build the embedding with sparse=False"
-            )
-        if module.max_norm is not None:
-            return (
-                "max_norm rescales rows in place, which would break up the clusters; "
-                "build the embedding with max_norm=None"
-            )
-    if name + "_orig" in module._parameters and name + "_mask" not in module._buffers:
-        return (
-            "a forward hook recomputes it (spectral_norm?); remove that first, or use "
-            "torch.nn.utils.parametrizations"
-        )
-    return None
-
-
-def _n_elements(module: nn.Module, name: str, parameter: Tensor) -> int:
+def _shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
     own = clustered_weight(module, name)
     if own is not None:
-        return own.shape.numel()
-    if parametrize.is_parametrized(module, name):  # weight_norm's first tensor is one column
+        return own.shape
+    if name in parametrizations_of(module):  # weight_norm's first tensor is one column
         with torch.no_grad():
             weight: Tensor = getattr(module, name)
-            return weight.numel()
-    return parameter.numel()
+            return weight.shape
+    return parameter.shape
 
 
 def clustered_slots(model: nn.Module) -> Iterator[tuple[Slot, ClusterConfig]]:

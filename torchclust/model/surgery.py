@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ def make_for(slot: Slot, config: ClusterConfig, tensors: Mapping[str, Tensor]) -
 
 def attach(slot: Slot, clustered: ClusteredWeight) -> None:
     """Put a lookup in every place where the slot's tensor stands."""
+    make_plain(slot.places)
     for module, name in slot.places:
-        make_plain(module, name)
         order = _parameter_order(module)
         module._parameters[name].grad = None  # type: ignore[union-attr]  # of the old shape
         parametrize.register_parametrization(module, name, clustered, unsafe=True)
@@ -47,19 +48,24 @@ def _parameter_order(module: nn.Module) -> tuple[str, ...]:
     return tuple(module._parameters)
 
 
-def make_plain(module: nn.Module, name: str) -> None:
-    """Undo what computes the tensor now, keeping its value: pruning, weight_norm, clustering."""
-    own = clustered_weight(module, name)
-    if own is not None:
+def make_plain(places: Sequence[tuple[nn.Module, str]]) -> None:
+    """Undo what computes a tensor now, keeping its value: pruning, weight_norm, clustering.
+
+    Of a tied tensor in all its places, which share what it is computed from.
+    """
+    if clustered_weight(*places[0]) is not None:
         with torch.no_grad():
-            value = getattr(module, name).detach().clone()
-        detach(module, name, value)
-    elif parametrize.is_parametrized(module, name):
-        parametrize.remove_parametrizations(module, name)
-    elif name + "_mask" in module._buffers:
-        prune.remove(module, name)
-    elif name + "_g" in module._parameters:
-        nn.utils.remove_weight_norm(module, name)
+            value = getattr(*places[0]).detach().clone()
+        for module, name in places:
+            detach(module, name, value)
+        return
+    for module, name in places:
+        if name in parametrizations_of(module):
+            parametrize.remove_parametrizations(module, name)
+        elif name not in module._parameters and name + "_mask" in module._buffers:
+            prune.remove(module, name)
+        elif name not in module._parameters:
+            nn.utils.remove_weight_norm(module, name)
 
 
 def detach(module: nn.Module, name: str, value: Tensor) -> None:
@@ -74,7 +80,7 @@ def detach(module: nn.Module, name: str, value: Tensor) -> None:
     assert isinstance(parameter, nn.Parameter)
     assert isinstance(order, tuple)
     if parameter.shape != value.shape:
-        parameter.grad = None
+        _forget_shape(parameter)
     parameter.data = value
     remaining = {n: p for n, p in parametrizations_of(module).items() if n != name}
     class_dict, base = dict(vars(type(module))), type(module).__bases__[0]
@@ -92,6 +98,17 @@ def detach(module: nn.Module, name: str, value: Tensor) -> None:
         module._init_flat_weights()
 
 
+def _forget_shape(parameter: nn.Parameter) -> None:
+    """Let a parameter take another shape while a loss of the old one is still alive.
+
+    That loss keeps the parameter's gradient accumulator, which knows the old shape and would refuse
+    gradients of the new one; autograd makes another where data of another dtype came in between.
+    """
+    parameter.grad = None
+    other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+    parameter.data = parameter.new_empty(0, dtype=other)
+
+
 def _look_up_flat_weights(module: nn.RNNBase) -> None:
     """Let a recurrent module's kernels read the lookups instead of the list it keeps of them.
 
@@ -100,12 +117,22 @@ def _look_up_flat_weights(module: nn.RNNBase) -> None:
     `strip_` takes them away with it.
     """
 
+    held = threading.local()  # torch's `parametrize.cached` is one for all threads
+
     def flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        weights: list[Tensor | None] | None = getattr(held, "weights", None)
+        if weights is None:
+            return [getattr(self, name, None) for name in self._flat_weights_names]
+        return weights
 
     def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
-        with parametrize.cached():  # the weights are read more than once a call
+        if torch.compiler.is_compiling():  # it sees by itself that they are the same
             return base.forward(self, *args, **kwargs)
+        held.weights = flat_weights(self)  # they are read more than once a call
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            held.weights = None
 
     def nothing(self: nn.RNNBase) -> None:
         """There is no packed copy to keep up to date."""

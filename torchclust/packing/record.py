@@ -15,12 +15,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from torchclust.packing.books import join, split
 from torchclust.packing.coding import Codebooks, Codes, Coding, Layout, Sparse, decode_rows
 from torchclust.packing.dtypes import DTYPES, Bits, Dtype
 from torchclust.packing.entropy import MAX_SYMBOLS, read_drops, write_drops
 from torchclust.packing.sections import PackedFileError, Section, SectionReader
 
 KINDS = ("raw", "codebook", "codes", "sparse")
+_SPLIT = len(KINDS)  # the number of a codebook whose highest bytes are deflated
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,14 @@ class Header:
     def n_symbols(self) -> int | None:
         """Entries of a codebook; None for raw."""
         return None if self.coding is None else len(self.coding.drops)
+
+    @property
+    def saved_bytes(self) -> int:
+        """What a codebook takes less in the file than its elements have bytes."""
+        if not isinstance(self.coding, Codebooks) or self.dtype.unit == 1:
+            return 0
+        top, rest = split(self.coding.books)
+        return max(0, self.coding.books.nbytes - 4 - len(top) - len(rest))
 
     @property
     def side_bytes(self) -> int:
@@ -135,7 +145,8 @@ def read_records(file: BinaryIO) -> list[Record]:
 def write_header(header: Header) -> bytes:
     """A header's bytes."""
     layout, coding = header.layout, header.coding
-    kind, dtype = KINDS.index(header.kind), DTYPES.index(header.dtype)
+    kind = _SPLIT if header.saved_bytes else KINDS.index(header.kind)
+    dtype = DTYPES.index(header.dtype)
     names = [name.encode() for name in header.names]
     parts = [
         struct.pack("<BBBBH", kind, dtype, len(layout.shape), layout.axis, len(names)),
@@ -148,7 +159,11 @@ def write_header(header: Header) -> bytes:
     match coding:
         case Codebooks():
             parts.append(struct.pack("<I", coding.rows_per_book))
-            parts.append(coding.books.astype(stored).tobytes())
+            if kind == _SPLIT:
+                top, rest = split(coding.books)
+                parts += [struct.pack("<I", len(top)), top, rest]
+            else:
+                parts.append(coding.books.astype(stored).tobytes())
         case Codes():
             parts += [coding.codes.tobytes(), coding.scales.astype(stored).tobytes()]
         case Sparse():
@@ -174,30 +189,31 @@ def _read_header(cursor: _Cursor) -> Header:
     kind, number, n_dims, axis, n_names = cursor.unpack("<BBBBH")
     shape = cursor.unpack(f"<{n_dims}I")
     names = tuple(cursor.take(*cursor.unpack("<H")).decode() for _ in range(n_names))
-    _require(kind < len(KINDS), f"kind {kind}")
+    _require(kind <= _SPLIT, f"kind {kind}")
     _require(number < len(DTYPES), f"element type {number}")
     _require(axis < max(1, n_dims), f"channel dimension {axis} of {n_dims}")
     _require(0 < len(names) == len(set(names)), "names")
     layout, dtype = Layout(shape, axis), DTYPES[number]
-    if KINDS[kind] == "raw":
+    if kind == KINDS.index("raw"):
         _require(axis == 0, f"channel dimension {axis} of raw data")
         _require(cursor.left == 0, f"{cursor.left} bytes too many")
         return Header(names, dtype, layout)
     entropy_bits, zeros, last_symbol = cursor.unpack("<dQH")
     _require(layout.n_elements > 0 and dtype.units == 1, "a coded tensor of no or complex elements")
     _require(0 <= entropy_bits <= 8 * dtype.size and zeros <= layout.n_elements, "statistics")
-    coding = _read_coding(cursor, KINDS[kind], dtype, layout, last_symbol + 1)
+    coding = _read_coding(cursor, kind, dtype, layout, last_symbol + 1)
     return Header(names, dtype, layout, coding, entropy_bits, zeros)
 
 
-def _read_coding(cursor: _Cursor, kind: str, dtype: Dtype, layout: Layout, k: int) -> Coding:
-    if kind == "codebook":
+def _read_coding(cursor: _Cursor, kind: int, dtype: Dtype, layout: Layout, k: int) -> Coding:
+    if kind in (KINDS.index("codebook"), _SPLIT):
         (rows_per_book,) = cursor.unpack("<I")
         _require(rows_per_book > 0, "codebooks for 0 rows each")
         n_books = -(-layout.n_rows // rows_per_book)
-        books = cursor.array(n_books * k, dtype.bits).reshape(n_books, k)
+        read = cursor.split_array if kind == _SPLIT else cursor.array
+        books = read(n_books * k, dtype.bits).reshape(n_books, k)
         return Codebooks(read_drops(cursor.rest(), k), books, rows_per_book)
-    if kind == "codes":
+    if kind == KINDS.index("codes"):
         codes = cursor.array(k, np.dtype(np.int8))
         scales = cursor.array(layout.n_rows, dtype.bits)
         _require(dtype.is_scalable and len(set(codes.tolist())) == k, "codes")
@@ -235,6 +251,11 @@ class _Cursor:
     def array(self, length: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         taken = self.take(length * dtype.itemsize)
         return np.frombuffer(taken, dtype.newbyteorder("<")).astype(dtype)
+
+    def split_array(self, length: int, dtype: np.dtype[Any]) -> Bits:
+        _require(dtype.itemsize > 1, "split codebook of single bytes")
+        top = self.take(*self.unpack("<I"))
+        return join(top, self.take(length * (dtype.itemsize - 1)), dtype)
 
 
 def _checked(bits: Bits, header: Header, what: str) -> Bits:

@@ -178,7 +178,8 @@ def _row(record: Record) -> PackedRow:
     side, k = header.side_bytes, header.n_symbols
     has_book = header.kind in ("codebook", "codes")
     eq1 = math.log2(k) + 8 * side / per_weight if k is not None and has_book else float(width)
-    bound = header.entropy_bits * n / 8 + side if k is not None else n * width / 8
+    stored = side - header.saved_bytes
+    bound = header.entropy_bits * n / 8 + stored if k is not None else n * width / 8
     return PackedRow(
         name=header.names[0],
         shape=header.layout.shape,

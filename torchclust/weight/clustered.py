@@ -17,17 +17,19 @@ from torchclust.fitting.nearest import (
     count_below_in_rows,
     priced_midpoints,
 )
+from torchclust.fitting.threads import must_be_traceable
 from torchclust.fitting.worth import without_noise
 from torchclust.weight.bits import RECENT, price_tensors, slopes_of_bits
 from torchclust.weight.codebooks import fit_rows, relative_error
 from torchclust.weight.config import ClusterConfig, config_as_bytes
 from torchclust.weight.evaluation_cache import EvaluationCache
 from torchclust.weight.lookup import Memory, at_least_float32, grouped_sum, lookup
+from torchclust.weight.stored import Stored
 
 _PARAMETERS = ("centroids", "relative_scale")
 
 
-class ClusteredWeight(nn.Module):
+class ClusteredWeight(Stored):
     """A weight as codebook and indices; subclasses say what a codebook is.
 
     Args:
@@ -52,26 +54,30 @@ class ClusteredWeight(nn.Module):
         self.first_original: Tensor | None = tensors["original"]
         self._cached: EvaluationCache | None = None
         self._memory = Memory()
+        self._assigned: Tensor | None = None  # by the last priced forward pass, for `charge_`
         for name, tensor in tensors.items():
             if name in _PARAMETERS:
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad))
             elif name not in ("original", "config_json"):
                 self.register_buffer(name, tensor)
         self.register_buffer("config_json", config_as_bytes(config).to(tensors["original"].device))
+        self.seal_()
 
     def forward(self, original: Tensor) -> Tensor:
         """The weight. Without gradients the last result is returned while nothing has changed."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        self.mend_()
+        if torch.is_grad_enabled() or must_be_traceable(original):
             if self._cached is not None:  # assigning to a module's attribute takes its time
                 self._cached = None
             return self._evaluate(original, self._memory)
         sources = [original, *self._parameters.values(), *self._buffers.values()]
         tensors = [tensor for tensor in sources if tensor is not None]
-        if self._cached is None or not self._cached.holds(tensors):
-            self._cached = None  # not two values at a time, nor the last step's
+        cached = self._cached  # read once: another thread that trains takes it away
+        if cached is None or not cached.holds(tensors):
+            self._cached = cached = None  # not two values at a time, nor the last step's
             self._memory = Memory()
-            self._cached = EvaluationCache(self.value(original), tensors)
-        return self._cached.value
+            self._cached = cached = EvaluationCache(self.value(original), tensors)
+        return cached.value
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to ``module.weight`` fits anew; registering keeps the first fit."""
@@ -81,6 +87,7 @@ class ClusteredWeight(nn.Module):
         for name, tensor in fitted.items():
             if name != "original":
                 getattr(self, name).data = tensor
+        self.seal_()
         return fitted["original"]
 
     def trained(self, original: Tensor) -> Tensor:
@@ -89,6 +96,7 @@ class ClusteredWeight(nn.Module):
 
     def indices_of(self, original: Tensor) -> Tensor:
         """Indices in the weight's shape, ``uint8``: as stored, or of the nearest centroids."""
+        self.mend_()
         with torch.no_grad():
             return self._rows(self._indices(original, self._codebook(self.trained(original))))
 
@@ -111,18 +119,23 @@ class ClusteredWeight(nn.Module):
             members = self._fold(self._counts(indices, self._table(codebook.detach())))
             members = members.to(original.dtype)
             codebook = _scale_gradient(codebook, members.clamp_min(1).reciprocal())
-        through = None if self.config.assignment == "fixed" else self._rows(original)
-        return self._rows(lookup(self._table(codebook), indices, through, memory))
+        table = self._table(codebook)
+        if self.config.assignment == "fixed":
+            return self._rows(lookup(table, indices, None, memory))
+        table = table + _zero_if_finite(original.detach(), codebook.detach()).to(table.dtype)
+        return self._rows(lookup(table, indices, self._rows(original), memory))
 
     def _indices(self, original: Tensor, codebook: Tensor) -> Tensor:
         """Indices with output channels first, as `lookup` wants them beside a table of rows."""
         if self.config.assignment == "fixed":
             return self._rows(self._tensor("indices"))
-        find = self._cheapest if self.is_priced else self._nearest
-        indices = find(self._rows(original), codebook)
+        priced = self.is_priced
+        indices = (self._cheapest if priced else self._nearest)(self._rows(original), codebook)
         if self.config.preserve_sparsity:
             zero = self._index_of_zero(codebook)
             indices = torch.where(self._rows(self._tensor("sparsity_mask")), zero, indices)
+        if priced and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._assigned = indices
         return indices
 
     def _cheapest(self, rows: Tensor, codebook: Tensor) -> Tensor:
@@ -152,7 +165,10 @@ class ClusteredWeight(nn.Module):
         slopes = slopes_of_bits(rows, at_least_float32(self._table(codebook)), self.bits())
         latent.grad.add_(self._rows(slopes), alpha=share * price)
         self._tensor("price_share").fill_(share)
-        counts = self.members_of(self._indices(latent, codebook), codebook)
+        assigned = self._assigned
+        indices = self._indices(latent, codebook) if assigned is None else assigned
+        self._assigned = None
+        counts = self.members_of(indices, codebook)
         members = self._tensor("members")
         members.lerp_(counts.to(members.dtype), RECENT)
 
@@ -170,6 +186,8 @@ class ClusteredWeight(nn.Module):
 
     @staticmethod
     def _counts(indices: Tensor, table: Tensor) -> Tensor:
+        if table.dim() == 1 and not must_be_traceable():
+            return torch.bincount(indices.reshape(-1), minlength=len(table)).float()
         ones = torch.ones((), device=indices.device)
         return grouped_sum(ones.expand(indices.shape), indices, table.shape)
 
@@ -179,7 +197,7 @@ class ClusteredWeight(nn.Module):
         return tensor
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+        return {**super().__getstate__(), "_cached": None, "_assigned": None}
 
     def _codebook(self, trained: Tensor) -> Tensor:
         """What the trained tensor stands for; ascending where assignments are sought in it."""
@@ -250,6 +268,12 @@ def _prices(
     with torch.no_grad():
         members = fixed.members_of(indices, fixed._codebook(trained))
     return price_tensors(rows, config.rate, members)
+
+
+def _zero_if_finite(*tensors: Tensor) -> Tensor:
+    """0, or NaN if any value is NaN or infinite: a nearest centroid would hide those."""
+    ends = [end for tensor in tensors for end in tensor.aminmax()]
+    return torch.stack(ends).mul(0).sum()
 
 
 def _scale_gradient(tensor: Tensor, factor: Tensor) -> Tensor:

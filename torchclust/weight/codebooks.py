@@ -11,6 +11,8 @@ from torchclust.fitting.codebook import Codebook, fit_codebook
 from torchclust.fitting.integer_codebook import fit_integer_codebook
 from torchclust.weight.config import ClusterConfig
 
+_LEAST_UNIT = -24  # log2: float16 has no smaller one, and 0 / 0 would be the codes after a cast
+
 
 def fit_rows(
     rows: Tensor, config: ClusterConfig, importance: Tensor | None, seed: int
@@ -69,7 +71,7 @@ def _fit_integer(
     magnitudes, indices = book.codes[len(book.codes) // 2 + 1 :], book.indices
     if len(magnitudes) == 0:  # an all-zero weight: something must be there to train
         magnitudes, indices = book.codes.new_ones(1), indices + 1
-    unit = torch.exp2(book.scale.double().mean().log2().round())
+    unit = torch.exp2(book.scale.double().mean().log2().round().clamp_min(_LEAST_UNIT))
     dtype = rows.dtype
     return (
         (magnitudes.double() * unit).to(dtype),

@@ -139,10 +139,22 @@ def _require_int(name: str, value: object) -> None:
 
 
 def config_from_bytes(encoded: Tensor) -> ClusterConfig:
-    """The configuration that a clustered state dict carries (``...0.config_json``)."""
-    return ClusterConfig.from_json(bytes(encoded.tolist()).decode("ascii"))
+    """The configuration that a clustered state dict carries (``...0.config_json``).
+
+    Raises:
+        ValueError: the bytes are no configuration.
+    """
+    try:
+        return ClusterConfig.from_json(bytes(encoded.tolist()).decode("ascii"))
+    except ValueError as error:
+        raise ValueError(
+            f"the state dict's config_json is damaged ({error}): the usual cause is an average of "
+            f"state dicts that truncates integers, indices included. Average the floating-point "
+            f"tensors only, and copy the others"
+        ) from None
 
 
 def config_as_bytes(config: ClusterConfig) -> Tensor:
     """Return a configuration as the uint8 tensor that state dicts hold."""
-    return torch.tensor(list(config.to_json().encode("ascii")), dtype=torch.uint8)
+    encoded = list(config.to_json().encode("ascii"))
+    return torch.tensor(encoded, dtype=torch.uint8, device="cpu")

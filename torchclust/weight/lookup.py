@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from torchclust.fitting.threads import in_blocks, must_be_traceable
 
@@ -47,11 +46,11 @@ class Memory:
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor on the CPU, in the old memory if that is free."""
         size = shape.numel() * dtype.itemsize
-        out = torch.empty(0, dtype=dtype)
+        out = torch.empty(0, dtype=dtype, device="cpu")
         with self._lock:
             kept = self._storage
             if kept is None or kept.nbytes() != size or kept.is_shared() or _users(kept) > 1:
-                kept = self._storage = torch.UntypedStorage(size)
+                kept = self._storage = torch.UntypedStorage(size, device="cpu")
             out.set_(kept, 0, shape)  # type: ignore[call-overload]
         return out
 
@@ -73,7 +72,7 @@ def lookup(
         A contiguous tensor of the indices' shape and the table's dtype. Its gradient reaches the
         table summed by index; every value is an element of the table to the bit.
     """
-    if must_be_traceable():
+    if must_be_traceable(table, indices):
         value = _plain_lookup(table, indices)
         return value if through is None else value + (through - through.detach())
     if through is None:
@@ -94,7 +93,7 @@ def grouped_sum(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
         in float32 within a block of 32,768 values and in float64 over the blocks on the CPU; on
         other devices in float32, spread over many accumulators, without a copy to the host.
     """
-    if must_be_traceable() or values.device.type != "cpu":
+    if must_be_traceable(values, indices) or values.device.type != "cpu":
         return _scatter_sum(values, indices, shape)
     if len(shape) == 1:
         flat, index = values.detach().reshape(-1), indices.reshape(-1)
@@ -108,7 +107,7 @@ def grouped_sum(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
         sums = torch.stack(in_blocks(add, index, _BLOCK))
         return sums.sum(0, dtype=torch.float64).to(values.dtype)
     flat, index = values.detach().flatten(1), indices.flatten(1)
-    total = at_least_float32(torch.zeros(shape, dtype=values.dtype))
+    total = at_least_float32(torch.zeros(shape, dtype=values.dtype, device="cpu"))
 
     def add_rows(block: slice) -> None:
         total[block].scatter_add_(1, index[block].long(), at_least_float32(flat[block]))
@@ -162,10 +161,10 @@ class _LookupThrough(torch.autograd.Function):
         return _gather(table, indices, memory)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         (indices,) = ctx.saved_tensors
-        for_table = grouped_sum(grad, indices, ctx.shape) if ctx.needs_input_grad[0] else None
+        wanted = ctx.needs_input_grad[0]
+        for_table = _apply(_GroupedSum, grad, indices, ctx.shape) if wanted else None
         return for_table, None, grad if ctx.needs_input_grad[2] else None, None
 
 

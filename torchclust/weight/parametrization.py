@@ -28,7 +28,7 @@ from torchclust.fitting.nearest import (
 from torchclust.weight.bits import bits_of
 from torchclust.weight.clustered import ClusteredWeight, fit_as
 from torchclust.weight.config import ClusterConfig
-from torchclust.weight.lookup import at_least_float32
+from torchclust.weight.lookup import at_least_float32, lookup
 
 
 class FloatClusteredWeight(ClusteredWeight):
@@ -89,6 +89,16 @@ class IntegerClusteredWeight(ClusteredWeight):
         with torch.no_grad():
             codes: Tensor = mirrored(self._codebook(self.trained(original))).unique()
             return codes.to(torch.int8)
+
+    def indices_of(self, original: Tensor) -> Tensor:
+        """Positions in `codes`: magnitudes that training has merged, or sorted anew, are one."""
+        indices = super().indices_of(original)
+        with torch.no_grad():
+            stored = mirrored(self._codebook(self.trained(original)))
+            place = stored.unique(return_inverse=True)[1]
+        if torch.equal(place, torch.arange(len(place), device=place.device)):
+            return indices
+        return lookup(place.to(torch.float32), indices).byte()
 
     def scale(self) -> Tensor:
         """The positive scale of every output channel, ``(channels,)``."""

@@ -111,9 +111,7 @@ def _programs(graph: Graph) -> Iterator[tuple[Hardware, tuple[Operation, ...], b
         if operator.name != _CUSTOM:
             continue
         payload, constants = (graph.tensors[i].data for i in operator.inputs[:2])
-        if payload is None:
-            raise CompiledFileError("the command stream is missing")
-        device, operations = read_payload(payload.tobytes())
+        device, operations = read_payload(b"" if payload is None else payload.tobytes())
         yield device, operations, b"" if constants is None else constants.tobytes()
 
 

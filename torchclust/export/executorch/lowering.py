@@ -137,8 +137,9 @@ def _serialized(exir: Any, edge: Any) -> bytes:
         made = edge.to_executorch(
             config=exir.ExecutorchBackendConfig(extract_delegate_segments=False)
         )
-    (plan,) = made.executorch_program.execution_plan
-    used = {f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators}
+    # One plan for the model, and one for each scale and zero point that a program tells of itself.
+    operators = [op for plan in made.executorch_program.execution_plan for op in plan.operators]
+    used = {f"{op.name}.{op.overload}" if op.overload else op.name for op in operators}
     missing = sorted(used - set(runtime._get_operator_names()))
     if missing:
         raise ExportError(

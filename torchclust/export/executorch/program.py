@@ -31,10 +31,8 @@ from torchclust.export.inspect import Port
 from torchclust.export.tflite import OperatorRow
 from torchclust.export.vela import compile_with
 from torchclust.export.vela_report import VelaReport
-from torchclust.export.verify import Answering, Comparison, TensorRow
+from torchclust.export.verify import Answering, Comparison, TensorRow, most_samples
 from torchclust.export.whole_file import check_folder, write_whole
-
-_COMPARED = 64  # samples; the reference model runs some hundred small networks a second
 
 
 @dataclass(frozen=True)
@@ -149,10 +147,10 @@ def to_pte(
         ImportError: the executorch extra is not installed, or another version of it.
 
     Example:
-        In an environment of its own (``docs/executorch.md``)::
+        Where the extra is installed, in an environment of its own (``docs/executorch.md``):
 
-            done = to_pte(model, images[:1], "model.pte", calibration=[images])
-            print(done.encoded_weight_bytes, done.cycles, done.cpu_operators)
+        >>> done = to_pte(model, images[:1], "model.pte", calibration=[images])  # doctest: +SKIP
+        >>> print(done.encoded_weight_bytes, done.cpu_operators)  # doctest: +SKIP
     """
     path = Path(path)
     chosen = Configuration.of(target, system_config, memory_mode)
@@ -161,7 +159,7 @@ def to_pte(
     packages.check()
     prepared = layout.prepare(model, example_inputs, last=channels_last)
     samples = calibrating.draw(calibration, prepared.arguments, prepared.module.keys)
-    comparison = Comparison(prepared, _COMPARED)
+    comparison = Comparison(prepared, most_samples(0))
     inputs = calibrating.Counted(comparison.collect(samples))
     with tempfile.TemporaryDirectory() as folder:
         spec = compile_spec(chosen, Path(folder))
@@ -173,6 +171,7 @@ def to_pte(
         lowered = lower(quantized(observed), prepared.example, spec)
         rows = check_codes([w for part in lowered.parts for w in part.tosa.weights], placed)
         reports = _compiled(lowered, chosen, path, Path(folder))
+    comparison.keep(most_samples(sum(report.macs for report in reports)))
     agreement = comparison.run(lambda: lowered)
     write_whole(path, lowered.content)
     return PTEExport(

@@ -1,56 +1,5 @@
 """What converter, quantizer or accelerator cannot take as torch says it, said otherwise.
 
-`Traced` holds the model's trace and what stands in for its operators; each module here has the
+`traced.Traced` holds the model's trace and what stands in for its operators; each module has the
 rules of one kind. Every substitute computes what the operator computed, but for rounding.
 """
-
-from __future__ import annotations
-
-from torchclust.export.rewrites import activations, maps, pooling, resizing, transposed
-from torchclust.export.rewrites.affine import merge_affine
-from torchclust.export.rewrites.flattened import permute_flattened
-from torchclust.export.rewrites.norms import fold_batch_norm, keep_shared_values
-from torchclust.export.rewrites.traced import Traced, operator
-
-# By the operator's name, without the underscore of those that work in place.
-_RULES = {
-    "abs": activations.absolute,
-    "adaptive_avg_pool2d": pooling.adaptive_avg_pool,
-    "adaptive_max_pool2d": pooling.adaptive_max_pool,
-    "amax": pooling.largest,
-    "avg_pool2d": pooling.avg_pool,
-    "clamp": activations.clamp,
-    "conv_transpose1d": transposed.conv_transpose,
-    "conv_transpose2d": transposed.conv_transpose,
-    "elu": activations.elu,
-    "hardtanh": activations.clamp,
-    "leaky_relu": activations.leaky_relu,
-    "max_pool2d": pooling.max_pool,
-    "mean": maps.mean,
-    "linalg_vector_norm": maps.norm,
-    "prelu": activations.prelu,
-    "rsub": activations.reversed_difference,
-    "selu": activations.selu,
-    "std": maps.deviation,
-    "sum": maps.total,
-    "upsample_nearest2d": resizing.nearest,
-}
-
-
-def rewrite(traced: Traced, *, float_file: bool) -> None:
-    """Choose the substitutes of a traced model.
-
-    Args:
-        traced: gets them, and the order of columns.
-        float_file: whether shared values have to stay apart from BatchNorms, in a float file.
-    """
-    permute_flattened(traced)
-    fold_batch_norm(traced)
-    if float_file:
-        keep_shared_values(traced)
-    merge_affine(traced)
-    for node in traced.nodes:
-        rule = _RULES.get(operator(node).rstrip("_"))
-        substitute = None if rule is None or node in traced.substitutes else rule(traced, node)
-        if substitute is not None:
-            traced.substitutes[node] = substitute
