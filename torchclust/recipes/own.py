@@ -26,7 +26,7 @@ from torchclust.recipes.schema import Recipe
 from torchclust.recipes.section import RecipeError, nearest
 from torchclust.recipes.subject import MetricSection
 from torchclust.recipes.targets import called, digest_of, import_target, told
-from torchclust.recipes.task import Judge, Task, by_function, by_test_step
+from torchclust.recipes.task import Judge, Task, by_function, by_test_step, in_one_process
 from torchclust.recipes.training import fit
 from torchclust.zoo.dataset import Data
 
@@ -44,7 +44,6 @@ def task_of(recipe: Recipe, named: Data | None) -> Task:
         named: the data set, if the recipe names one, else its data are the user's too.
     """
     assert recipe.module is not None
-    check_options(recipe)
     build = import_target("module.target", recipe.module.target, recipe.folder)
     module = build_module(recipe, build)
     tree = tree_of(module)
@@ -58,7 +57,7 @@ def task_of(recipe: Recipe, named: Data | None) -> Task:
         judge=judge,
         metric=metric,
         distance=relative_distance,
-        options=processes_spawned(recipe.trainer),
+        options=processes_forked(recipe.trainer),
         depends={"sources": [digest_of(target) for target in (build, *targets, *judging)]},
     )
     try_out(recipe, task)
@@ -104,19 +103,17 @@ _RECIPES_OWN = {
 }
 
 
-def processes_spawned(options: Mapping[str, Any]) -> dict[str, Any]:
+def processes_forked(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options with a strategy that starts its processes anew for each stage.
 
     Lightning's "ddp" runs the whole command again in every process; a run has several trainings,
-    and stages, files and a report between them that are one process's work.
+    and stages, files and a report between them that are one process's work. Forked, not spawned:
+    a clustered module can not be pickled.
     """
-    spawned = {"ddp": "ddp_spawn", "ddp_find_unused_parameters_true": _SPAWN_UNUSED}
     strategy = options.get("strategy")
-    named = isinstance(strategy, str) and strategy in spawned
-    return {**options, **({"strategy": spawned[str(strategy)]} if named else {})}
-
-
-_SPAWN_UNUSED = "ddp_spawn_find_unused_parameters_true"
+    if strategy in ("ddp", "ddp_find_unused_parameters_true"):
+        return {**options, "strategy": str(strategy).replace("ddp", "ddp_fork", 1)}
+    return dict(options)
 
 
 def try_out(recipe: Recipe, task: Task) -> None:
@@ -140,7 +137,7 @@ def _try(section: str, attempt: Callable[[], object]) -> None:
 
 
 def _train_a_step(recipe: Recipe, task: Task) -> None:
-    options = {**task.options, "fast_dev_run": 1, "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    options = {**in_one_process(task.options), "fast_dev_run": 1}
     module, seed = copy.deepcopy(task.module), recipe.seed
     fit(module, task.make_data(), epochs=1, seed=seed, options=options, progress=False)
 
@@ -198,7 +195,7 @@ def _judge(recipe: Recipe) -> tuple[Judge, Metric, list[Callable[..., Any]]]:
     """Return how modules are judged, the metric, and the targets that are called for it."""
     section = recipe.metric or MetricSection()  # type: ignore[call-arg]
     if recipe.score is None:
-        options = processes_spawned(recipe.trainer)
+        options = processes_forked(recipe.trainer)
         return (
             by_test_step(section.name, options),
             Metric(section.name, section.mode, section.unit),

@@ -60,6 +60,7 @@ def prepare(recipe: Recipe) -> Prepared:
         _check_configuration(recipe.vela)
     if recipe.executorch is not None:
         _check_accelerator("executorch.target", recipe.executorch.target)
+    own.check_options(recipe)
     named = load_data(recipe.data) if recipe.data.name else None
     task = own.task_of(recipe, named) if recipe.module else classification(recipe, named)
     prepared = Prepared(recipe, task)
@@ -100,7 +101,7 @@ def classification(recipe: Recipe, data: Data | None) -> Task:
         judge=by_function(accuracy),
         metric=Metric("accuracy", "max", "%"),
         distance=class_divergence,
-        options=recipe.trainer,
+        options=own.processes_forked(recipe.trainer),
     )
 
 

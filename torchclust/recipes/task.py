@@ -136,13 +136,13 @@ def by_function(function: Callable[[nn.Module, Iterable[Any]], float]) -> Judge:
 
 def by_test_step(name: str, options: Mapping[str, Any]) -> Judge:
     """Judge by what a module's own ``test_step`` logs under that name."""
-    alone = {"devices": 1, "num_nodes": 1, "strategy": "auto", "enable_progress_bar": False}
+    alone = {**in_one_process(options), "enable_progress_bar": False}
 
     def judge(module: LightningModule, data: LightningDataModule) -> float:
         tree = tree_of(module)
         assert tree is not None
         with lightning_kept_quiet():
-            trainer = tree.Trainer(**{**DEFAULTS, **options, **alone})
+            trainer = tree.Trainer(**{**DEFAULTS, **alone})
             trainer.test(module, datamodule=data, verbose=False)
         logged = trainer.callback_metrics
         if name not in logged:
@@ -154,6 +154,13 @@ def by_test_step(name: str, options: Mapping[str, Any]) -> Judge:
         return float(logged[name])
 
     return judge
+
+
+def in_one_process(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options for one device; where trainings fork, one that forks do not mind."""
+    forks = "fork" in str(options.get("strategy"))
+    alone = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    return {**options, **alone, **({"accelerator": "cpu"} if forks else {})}
 
 
 def _samples_in(batch: Any) -> int:
