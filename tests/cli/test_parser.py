@@ -190,7 +190,7 @@ def test_zsh_completes_commands_options_and_files(capsys) -> None:
     for command in COMMANDS:
         assert f"\n    {command}:'" in script
     assert script.count(':_files"') == 12  # every file that a command takes
-    assert script.count(':_files -/"') == 4  # and every folder
+    assert script.count(':_files -/"') == 5  # and every folder
     if shutil.which("zsh"):  # a machine without zsh can not say more
         subprocess.run(["zsh", "-n"], input=script, text=True, check=True)
 
