@@ -71,6 +71,7 @@ def test_lightning_cli_of_every_tree_takes_it(tree: ModuleType, monkeypatch: Any
         type(module_of(tree)),
         run=False,
         save_config_callback=None,
+        seed_everything_default=False,
         args={"trainer": {**quiet, "callbacks": [callback]}},
     )
     found = [c for c in cli.trainer.callbacks if isinstance(c, WeightClustering)]
