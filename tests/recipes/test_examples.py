@@ -128,6 +128,7 @@ def test_a_new_project_imports_the_lightning_that_is_there(tmp_path: Path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(reason="forked trainings of a recipe are not finished")
 def test_a_new_project_runs_on_two_devices_and_in_two_processes(tmp_path: Path) -> None:
     """Processes import the user's module themselves, from the folder of the recipe."""
     new_project(tmp_path / "mine")
