@@ -12,6 +12,7 @@ from lightning_runs import Batches, Net, trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
+from torchclust import cluster_, is_clustered
 from torchclust.lightning import WeightClustering
 from torchclust.lightning.distributed import on_every_rank
 
@@ -36,6 +37,20 @@ def test_processes_that_bring_back_only_what_was_there(
     spawning = trainer(strategy=strategy, devices=2)
     with pytest.raises(ValueError, match=r"ddp_spawn, ddp_notebook\) brings back only tensors"):
         WeightClustering(4, **options).setup(spawning, Net(), "fit")
+    with pytest.raises(ValueError, match="strip=False with a clustered one"):
+        WeightClustering(4).setup(spawning, cluster_(Net(), 4), "fit")
+
+
+@pytest.mark.slow
+def test_forked_processes_bring_back_a_module_that_was_clustered() -> None:
+    module = cluster_(Net(), 4)
+    before = module.net[6].weight.detach().clone()
+    options = {"strategy": "ddp_fork", "use_distributed_sampler": False}
+    trainer(WeightClustering(4, strip=False), max_epochs=1, **options).fit(module, Batches())
+    after = module.net[6].weight.detach()
+    assert is_clustered(module)
+    assert not torch.equal(before, after)
+    assert len(after.unique()) <= 4
 
 
 @pytest.mark.slow

@@ -128,9 +128,7 @@ def test_a_new_project_imports_the_lightning_that_is_there(tmp_path: Path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="forked trainings of a recipe are not finished")
-def test_a_new_project_runs_on_two_devices_and_in_two_processes(tmp_path: Path) -> None:
-    """Processes import the user's module themselves, from the folder of the recipe."""
+def test_a_new_project_runs_on_two_devices(tmp_path: Path) -> None:
     new_project(tmp_path / "mine")
     recipe, short = tmp_path / "mine/recipe.yaml", [*SHORT, "vela=null"]
     two = "trainer={accelerator: cpu, devices: 2, strategy: ddp}"
@@ -140,6 +138,12 @@ def test_a_new_project_runs_on_two_devices_and_in_two_processes(tmp_path: Path) 
     assert report["accuracy"].keys() == one["accuracy"].keys()
     assert all(row["distinct_weights"] <= 16 for row in report["tensors"] if row["n_clusters"])
 
+
+@pytest.mark.slow
+def test_a_sweep_in_two_processes_equals_one_in_one(tmp_path: Path) -> None:
+    """Processes import the user's module themselves, from the folder of the recipe."""
+    new_project(tmp_path / "mine")
+    recipe, short = tmp_path / "mine/recipe.yaml", [*SHORT, "vela=null"]
     words = ["sweep", str(recipe), "--set", "cluster.n_clusters=4,8", "--quiet"]
     words += [word for setting in (*short, "export=null") for word in ("--set", setting)]
     for jobs in ("1", "2"):

@@ -148,7 +148,7 @@ class WeightClustering(Callback):
         self._release()
         fitting = stage == "fit"
         if fitting:
-            check_trainer(trainer, self)
+            check_trainer(trainer, pl_module, self)
         self._freezer = Freezer(self.freeze if fitting else ())
         asked = (leaving_out(self.rules, self.freeze), self.options) if fitting else None
         self._hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from torchclust.activations.quantized import quantized_modules
 from torchclust.lightning.monitor import writers
 from torchclust.lightning.options import Options, leaving_out, of_rules
 from torchclust.lightning.structure import check_contradictions
@@ -55,7 +56,7 @@ def check_arguments(
         raise ValueError(f"save_stripped={save_stripped!r} needs strip=True, got strip=False")
 
 
-def check_trainer(trainer: Trainer, callback: Asked) -> None:
+def check_trainer(trainer: Trainer, pl_module: LightningModule, callback: Asked) -> None:
     """Refuse a Trainer under which clustering would fail, or be lost, only after epochs."""
     strategy, last = trainer.strategy, trainer.max_epochs
     if not isinstance(strategy, _ALONE_OR_DDP):
@@ -63,12 +64,12 @@ def check_trainer(trainer: Trainer, callback: Asked) -> None:
             f"WeightClustering works on one device and with strategy='ddp', got "
             f"{type(strategy).__name__}, which shards or splits the parameters it clusters"
         )
-    stays = not callback.strip or callback.quantize_activations
-    if isinstance(strategy.launcher, _SPAWNING) and stays:
+    if isinstance(strategy.launcher, _SPAWNING) and _ends_otherwise(pl_module, callback):
         raise ValueError(
             "a strategy that spawns or forks its processes (ddp_spawn, ddp_notebook) brings back "
-            "only tensors that the module had before, so a module that stays clustered or "
-            "quantized would come back untrained: use strategy='ddp', or strip=True without "
+            "only tensors that the module had before, so a module that is clustered or quantized "
+            "only afterwards, or only before, would come back untrained: use strategy='ddp', or "
+            "strip=True with a plain module, strip=False with a clustered one, and no "
             "quantize_activations"
         )
     _check_callbacks(trainer.callbacks, callback)  # type: ignore[attr-defined]
@@ -79,6 +80,12 @@ def check_trainer(trainer: Trainer, callback: Asked) -> None:
             f"WeightClustering never clusters: start_epoch={callback.start_epoch}, but the "
             f"trainer stops after max_epochs={last}"
         )
+
+
+def _ends_otherwise(pl_module: LightningModule, callback: Asked) -> bool:
+    """Whether the module has other tensors after the fit than before it."""
+    quantizes = callback.quantize_activations and not any(quantized_modules(pl_module))
+    return quantizes or is_clustered(pl_module) == callback.strip
 
 
 def _check_callbacks(callbacks: Sequence[Callback], callback: Asked) -> None:
