@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from lightning_runs import Batches, Net, trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
-from torchclust import cluster_, is_clustered
+from torchclust import cluster_
 from torchclust.lightning import WeightClustering
 from torchclust.lightning.distributed import on_every_rank
 
@@ -41,16 +44,29 @@ def test_processes_that_bring_back_only_what_was_there(
         WeightClustering(4).setup(spawning, cluster_(Net(), 4), "fit")
 
 
+FORKED = """
+import torch
+from lightning_runs import Batches, Net, trainer
+from torchclust import cluster_, is_clustered
+from torchclust.lightning import WeightClustering
+module = cluster_(Net(), 4)
+before = module.net[6].weight.detach().clone()
+options = {"strategy": "ddp_fork", "use_distributed_sampler": False}
+trainer(WeightClustering(4, strip=False), max_epochs=1, **options).fit(module, Batches())
+after = module.net[6].weight.detach()
+assert is_clustered(module)
+assert not torch.equal(before, after)
+assert len(after.unique()) <= 4
+"""
+
+
 @pytest.mark.slow
 def test_forked_processes_bring_back_a_module_that_was_clustered() -> None:
-    module = cluster_(Net(), 4)
-    before = module.net[6].weight.detach().clone()
-    options = {"strategy": "ddp_fork", "use_distributed_sampler": False}
-    trainer(WeightClustering(4, strip=False), max_epochs=1, **options).fit(module, Batches())
-    after = module.net[6].weight.detach()
-    assert is_clustered(module)
-    assert not torch.equal(before, after)
-    assert len(after.unique()) <= 4
+    """In a process of its own: forks of a test's process would go on with its tests."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-W", "ignore", "-c", FORKED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
