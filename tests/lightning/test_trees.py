@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -128,3 +129,17 @@ def test_one_alone_is_enough(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     )
 
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_folder_of_that_name_is_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "some_folder").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert importlib.util.find_spec("some_folder") is not None
+    monkeypatch.setattr(trees, "TREES", ("pytorch_lightning", "some_folder.pytorch"))
+    trees.installed.cache_clear()
+    try:
+        assert [tree.__name__ for tree in trees.installed()] == ["pytorch_lightning"]
+    finally:
+        trees.installed.cache_clear()

@@ -23,7 +23,7 @@ def installed() -> tuple[ModuleType, ...]:
     Raises:
         ImportError: there is none.
     """
-    found = [name for name in TREES if find_spec(name.partition(".")[0]) is not None]
+    found = [name for name in TREES if _is_there(name.partition(".")[0])]
     if not found:
         raise ImportError(
             'torchclust.lightning needs PyTorch Lightning:  pip install "torchclust[lightning]"'
@@ -49,6 +49,12 @@ def is_overridden(hook: str, module: object) -> bool:
     """Whether a module has a hook of its own, by its own tree's judgement."""
     tree = tree_of(module) or installed()[0]
     return bool(_found_in(tree, "utilities.model_helpers.is_overridden")(hook, module))
+
+
+def _is_there(package: str) -> bool:
+    """Whether a package is installed; Python finds any folder called ``lightning`` too."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def _found_in(tree: ModuleType, name: str) -> Any:
