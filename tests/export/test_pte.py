@@ -36,6 +36,7 @@ from torchclust.export.accelerators import Configuration
 from torchclust.export.executorch import lowering, packages
 from torchclust.export.executorch.observed import layers, observe, observers
 from torchclust.export.executorch.scales import calibrate, set_weights
+from torchclust.export.executorch.stream import unverified
 from torchclust.export.executorch.tosa import TosaFile
 
 INT8 = ClusterConfig(n_clusters=16, codebook_dtype="int8")
@@ -109,8 +110,7 @@ def test_a_program_is_as_small_as_the_file_of_the_other_road(exported: Exported)
     assert theirs - 300 <= ours <= 1.02 * theirs
     ends = [(p.shape, p.dtype) for p in (*exported.done.inputs, *exported.done.outputs)]
     assert ends == [(p.shape, p.dtype) for p in (*file.inputs, *file.outputs)]
-    # The backend's average keeps its input's scale, which costs a bit of resolution at the end.
-    assert exported.done.sqnr_db > file.sqnr_db - 10
+    assert exported.done.sqnr_db > file.sqnr_db - 3
 
 
 @pytest.mark.executorch
@@ -148,6 +148,30 @@ def test_executorchs_own_runtime_reads_the_program(exported: Exported) -> None:
 def test_the_compiled_weights_lie_in_the_file(exported: Exported) -> None:
     content = exported.done.path.read_bytes()
     assert all(part.compiled in content for part in exported.done.run.parts)  # type: ignore[attr-defined]
+
+
+@pytest.mark.executorch
+@needs_executorch
+def test_the_accelerator_decodes_the_trained_codes(exported: Exported) -> None:
+    """Value by value, from Vela's streams; other weights, or a damaged stream, are noticed."""
+    assert exported.done.unverified == ()
+    (part,) = exported.done.run.parts  # type: ignore[attr-defined]
+    weights = part.tosa.weights
+    first = dataclasses.replace(weights[0], matrix=-weights[0].matrix)
+    with pytest.raises(ExportError, match=r"does not hold the weights that it was given.*differ"):
+        unverified(part.compiled, (first, *weights[1:]))
+    middle = part.compiled.index(b"weight_data") + 32 + 200
+    damaged = bytes([*part.compiled[:middle], *8 * b"\xff", *part.compiled[middle + 8 :]])
+    with pytest.raises(ExportError, match="does not hold the weights that it was given"):
+        unverified(damaged, weights)
+
+
+@pytest.mark.executorch
+@needs_executorch
+def test_what_vela_rearranged_is_named(exported: Exported) -> None:
+    (part,) = exported.done.run.parts  # type: ignore[attr-defined]
+    weights = [dataclasses.replace(w, operator="CONV3D") for w in part.tosa.weights]
+    assert unverified(part.compiled, weights) == tuple(w.name for w in weights)
 
 
 def prepared_program(
@@ -231,8 +255,11 @@ def test_a_float_codebook_keeps_its_clusters_stripped_or_not(
         for i, m in enumerate((model, plain))
     )
     assert all(row.codes_match and row.int8_codes <= 12 for row in first.tensors)
-    assert [r.int8_codes for r in first.tensors] == [r.int8_codes for r in second.tensors]
-    assert first.path.read_bytes() == second.path.read_bytes()
+    for done in (first, second):
+        rows = done.run.parts[0].tosa.weights[0].matrix  # type: ignore[attr-defined]
+        assert max(len(np.unique(row)) for row in rows) <= 12
+    if granularity == "tensor":  # a stripped channel no longer tells which of its values is whose
+        assert first.path.read_bytes() == second.path.read_bytes()
 
 
 @pytest.mark.executorch

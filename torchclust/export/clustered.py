@@ -67,7 +67,10 @@ def trained_codes(model: nn.Module, prepared: Prepared) -> list[Trained]:
 
 
 def find_clustered(
-    weights: Iterable[WeightT], trained: Sequence[Trained], used: frozenset[str]
+    weights: Iterable[WeightT],
+    trained: Sequence[Trained],
+    used: frozenset[str],
+    other_sizes: Iterable[int] = (),
 ) -> list[Placed[WeightT]]:
     """Find every clustered parameter among the converted model's weights, by value.
 
@@ -75,6 +78,7 @@ def find_clustered(
         weights: all weights of the float file or graph, BatchNorm folded.
         trained: the clustered parameters.
         used: names of the parameters that the model's graph reads; others need not be found.
+        other_sizes: those of the file's constants that are among no ``weights``.
 
     Raises:
         ExportError: a parameter that the model uses is in no weight of the file, or would have
@@ -89,7 +93,8 @@ def find_clustered(
         if matched is not None:
             _check_count(matched)
             found.append(Placed(weight, _without_trifles(matched)))
-    left = {w.matrix.size for w in weights if all(p.weight is not w for p in found)}
+    unclaimed = (w for w in weights if all(p.weight is not w for p in found))
+    left = {*other_sizes, *(w.matrix.size for w in unclaimed)}
     for t in trained:
         if t.name in used and not _is_placed(found, t):
             _report_unplaced(t, left)

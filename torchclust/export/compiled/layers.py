@@ -25,7 +25,8 @@ class Layer:
         codes: its values less their zero points, flat, int16, and behind them a 0, at `ZERO`.
         positions: those of its values in ``codes``, as (O, H, W, I); None where no
             convolution of integers uses them.
-        scales: what may stand beside the weights, by the operators that use them.
+        scales: what may stand beside the weights, by the operators that use them; none where
+            it is not known.
     """
 
     weight: Weight

@@ -64,7 +64,8 @@ def match(
         found = _compare(candidates, layers, decoded)
         if found is None:
             continue
-        _compare_scales(operation, constants, device, layers[found.layer], found.start)
+        if layers[found.layer].scales:
+            _compare_scales(operation, constants, device, layers[found.layer], found.start)
         covered[found.layer][found.positions] = True
         starts[found.layer].add(found.start + operation.layout.shape[0])
         yield Match(found.layer, found.positions[found.positions != ZERO], decoded)

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torchclust.export.backends import ExportError, first_line, quietly
 from torchclust.export.codes import Array
 from torchclust.export.executorch import packages
+from torchclust.export.executorch.averages import average_by_sum
 from torchclust.export.layout import Prepared
 from torchclust.export.rewrites.traced import operator
 
@@ -63,12 +64,11 @@ def observe(prepared: Prepared, compile_spec: Any) -> fx.GraphModule:
         ExportError: shapes that depend on the data; a model that PT2E cannot prepare.
     """
     pt2e = packages.load("torchao.quantization.pt2e.quantize_pt2e")
-    program = trace(prepared.module, prepared.example)
+    graph = trace(prepared.module, prepared.example).module(check_guards=False)
+    average_by_sum(graph)
     try:
         with quietly(), torch.no_grad():
-            observed = pt2e.prepare_pt2e(
-                program.module(check_guards=False), _quantizer(compile_spec)
-            )
+            observed = pt2e.prepare_pt2e(graph, _quantizer(compile_spec))
     except Exception as error:
         raise ExportError(
             f"the Ethos-U quantizer cannot take {type(prepared.original).__name__}: "
@@ -112,6 +112,16 @@ def layers(observed: fx.GraphModule) -> Iterator[Layer]:
             axis,
             (inputs, weight, _result_observer(observed, node)),
         )
+
+
+def other_sizes(observed: fx.GraphModule) -> Iterator[int]:
+    """Sizes of the parameters that belong to no such layer, such as an embedding's table."""
+    weights = [layer.weight for layer in layers(observed)]
+    for node in observed.graph.nodes:
+        if node.op == "get_attr":
+            value = _constant(observed, node)
+            if value.ndim > 1 and all(value is not weight for weight in weights):
+                yield value.numel()
 
 
 def observers(observed: fx.GraphModule) -> dict[str, nn.Module]:

@@ -24,9 +24,10 @@ from torchclust.export.accelerators import Configuration
 from torchclust.export.clustered import find_clustered, trained_codes
 from torchclust.export.executorch import packages
 from torchclust.export.executorch.lowering import Lowered, compile_spec, lower, quantized
-from torchclust.export.executorch.observed import layers, observe
+from torchclust.export.executorch.observed import layers, observe, other_sizes
 from torchclust.export.executorch.read_back import check_codes
 from torchclust.export.executorch.scales import calibrate, set_learned, set_weights
+from torchclust.export.executorch.stream import unverified
 from torchclust.export.inspect import Port
 from torchclust.export.tflite import OperatorRow
 from torchclust.export.vela import compile_with
@@ -46,6 +47,8 @@ class PTEExport:
         size_bytes: its size, Vela's output for the NPU included.
         tensors: one `TensorRow` per clustered parameter that the model uses, read back from the
             TOSA files that Vela compiled.
+        unverified: names of TOSA weights that Vela rearranged in a way that is not followed. All
+            others were also read back, value by value, from the bytes that the NPU decodes.
         sqnr_db: signal to quantization noise of the outputs against the float model, in decibels,
             of the worst output. The NPU's parts ran on TOSA's reference model.
         top1_agreement: share of samples, 0..1, on which program and float model agree on the
@@ -67,6 +70,7 @@ class PTEExport:
     path: Path
     size_bytes: int
     tensors: tuple[TensorRow, ...]
+    unverified: tuple[str, ...]
     sqnr_db: float | None
     top1_agreement: float | None
     compared_samples: int
@@ -164,7 +168,8 @@ def to_pte(
     with tempfile.TemporaryDirectory() as folder:
         spec = compile_spec(chosen, Path(folder))
         observed = observe(prepared, spec)
-        placed = find_clustered(layers(observed), trained_codes(model, prepared), prepared.used)
+        trained = trained_codes(model, prepared)
+        placed = find_clustered(layers(observed), trained, prepared.used, other_sizes(observed))
         calibrate(observed, inputs)
         learned = set_learned(observed, model, prepared, comparison.first)
         set_weights(observed, placed)
@@ -178,6 +183,7 @@ def to_pte(
         path=path,
         size_bytes=len(lowered.content),
         tensors=rows,
+        unverified=sum((unverified(p.compiled, p.tosa.weights) for p in lowered.parts), ()),
         sqnr_db=agreement.sqnr_db,
         top1_agreement=agreement.top1,
         compared_samples=agreement.samples,

@@ -22,8 +22,11 @@ from torchclust.export.layout import Prepared
 from torchclust.export.learned import Learned, learned_values, match_learned
 from torchclust.export.quantize import least_scale
 
-# Operators whose result has the scale of what they read; a range of its own is not missed.
-_DERIVED = ("permute", "contiguous", "view", "reshape", "flatten", "max_pool2d", "avg_pool2d")
+# Operators whose result has the scale of what they read, and the sum that stands for an average:
+# a range of its own is not missed.
+_DERIVED = (
+    "permute", "contiguous", "view", "reshape", "flatten", "max_pool2d", "avg_pool2d", "sum"
+)  # fmt: skip
 
 
 @torch.no_grad()
