@@ -81,13 +81,14 @@ class InputMoments:
         size = _mean_diagonal(zz) + _ROUNDING * _mean_diagonal(self.zz)
         size = torch.where(size > 0, size, 1)  # inputs that are all zero tell nothing
         unit = size[:, None, None]  # float32 cannot hold the square of every activation
-        damping = _DAMPING * torch.eye(zz.shape[1], dtype=zz.dtype, device=zz.device)
-        pull = rows @ (xz / unit) + _DAMPING * near
+        damping = _enough_damping(zz / unit)
+        diagonal = damping * torch.eye(zz.shape[1], dtype=zz.dtype, device=zz.device)
+        pull = rows @ (xz / unit) + damping * near
         weights = (size / size.mean()).repeat_interleave(len(weight) // groups).float()
         return [
             Target(h.float(), p.mT.float().contiguous(), w)
             for h, p, w in zip(
-                zz / unit + damping, pull, (row_weight * weights).chunk(groups), strict=True
+                zz / unit + diagonal, pull, (row_weight * weights).chunk(groups), strict=True
             )
         ]
 
@@ -142,3 +143,11 @@ def _unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
         padded = window[..., ::dilation]
     order = (1, *range(2 + spatial, 2 + 2 * spatial), 0, *range(2, 2 + spatial))
     return padded.permute(order).reshape(module.groups, module.weight[0].numel(), -1)
+
+
+def _enough_damping(moments: Tensor) -> float:
+    """What makes them positive definite: inputs that hardly vary leave little but rounding."""
+    damping, identity = _DAMPING, torch.eye(moments.shape[1]).to(moments)
+    while bool(torch.linalg.cholesky_ex(moments + damping * identity).info.any()):
+        damping *= 10
+    return damping
