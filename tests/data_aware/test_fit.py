@@ -244,3 +244,13 @@ def test_failure_leaves_the_model_as_it_was() -> None:
 def test_inputs_that_can_not_be_used(inputs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         calls(Net(), inputs)
+
+
+@pytest.mark.parametrize("share", [1e-3, 1e-4, 1e-5])
+def test_inputs_that_hardly_vary(share: float) -> None:
+    """Float32 products leave their covariance indefinite; it is damped until it is not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 8))
+    torchclust.cluster_(model, 4, inputs=100 * (1 + share * torch.randn(64, 300)))
+    assert model[0].weight.unique().numel() <= 4
+    assert model[0].weight.isfinite().all()

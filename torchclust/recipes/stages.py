@@ -24,6 +24,7 @@ from torchclust.allocation.knapsack import Choice, Curves
 from torchclust.distillation.distill import distill_
 from torchclust.lightning.callback import WeightClustering
 from torchclust.lightning.trees import Callback
+from torchclust.model.clustering import named_clusterings
 from torchclust.model.restore import restore_
 from torchclust.recipes import choice
 from torchclust.recipes.kept import Result, Stages, origin
@@ -223,8 +224,10 @@ class Training:
     def _finetuned(self, clustered: LightningModule) -> LightningModule:
         section = self.recipe.finetune
         assert section is not None
-        # The network is clustered already, by its own names: the callback lowers the rate.
+        # The network is clustered already: the callback lowers the rate, and clusters no more.
+        as_it_is = {name: clustering.config for name, clustering in named_clusterings(clustered)}
         callback = WeightClustering(
+            as_it_is,
             lr_scale=section.lr_scale,
             strip=False,
             quantize_activations=section.quantize_activations,
