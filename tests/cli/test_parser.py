@@ -61,7 +61,7 @@ def recipe(tmp_path: Path, monkeypatch) -> str:
         ("vela none.tflite", "No such file or directory: 'none.tflite'"),
         ("vela r.yaml", "r.yaml: not a TFLite file"),
         ("vela r.yaml --accelerator u55", "accelerator must be one of .*got 'u55'"),
-        ("vela", "vela needs a .tflite file:  torchclust vela model.tflite"),
+        ("vela", "vela needs a .tflite file: torchclust vela model.tflite"),
         ("vela --list-configs r.yaml", "r.yaml is no file of Vela configurations: "),
         ("vela r.yaml --config none.ini", "No such file or directory: 'none.ini'"),
         ("kit none.tflite board", "No such file or directory: 'none.tflite'"),
