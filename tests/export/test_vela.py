@@ -147,7 +147,6 @@ def test_an_unknown_accelerator_lists_the_valid_ones(
     [
         ({"system_config": "Nope"}, r"System_Config.Nope not found"),
         ({"memory_mode": "Nope"}, r"Memory_Mode.Nope not"),
-        ({"config": "nope.ini"}, r"'nope.ini': File not found"),
     ],
 )
 def test_velas_failure_is_one_error_with_its_last_line(
@@ -157,6 +156,12 @@ def test_velas_failure_is_one_error_with_its_last_line(
         vela(files[16], output_dir=tmp_path, **options)
     assert "Traceback" not in str(e.value)
     assert len(str(e.value).splitlines()) <= 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_configuration_file_that_is_not_there(files: dict[int, Path], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nope\.ini"):
+        vela(files[16], output_dir=tmp_path, config="nope.ini")
     assert list(tmp_path.iterdir()) == []
 
 
