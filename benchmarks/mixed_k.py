@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchclust import mixed, zoo
-from torchclust.allocation import Curves
+from torchclust import zoo
+from torchclust.allocation.knapsack import Curves
 from torchclust.export import to_tflite, vela
 from torchclust.export.file_network import of_tflite
 from torchclust.lightning.trees import installed
+from torchclust.recipes import choice
 from torchclust.recipes.classifier import Classifier, accuracy
 from torchclust.recipes.load import parse_recipe
 from torchclust.recipes.loaders import of_loaders
@@ -81,8 +82,8 @@ def trained(
 def measure(data: Data, seed: int, budget: float) -> Row:
     recipe, start = recipe_of(seed, budget), base(data, seed)
     if seed not in CURVES:
-        images = samples(data.train, mixed.SAMPLES, seed=seed)
-        CURVES[seed] = mixed.curves_of(recipe, start, images)
+        images = samples(data.train, choice.SAMPLES, seed=seed)
+        CURVES[seed] = choice.curves_of(recipe, start, images)
     models: dict[str, nn.Module] = {}
 
     def train(section: ClusterSection) -> nn.Module:
@@ -94,7 +95,7 @@ def measure(data: Data, seed: int, budget: float) -> Row:
         models[json.dumps(section.rules)] = model
         return model
 
-    chosen = mixed.choose(recipe, start, CURVES[seed], lambda section: 0.0, train)
+    chosen = choice.choose(recipe, start, CURVES[seed], lambda section: 0.0, train)
     model = models[json.dumps(chosen.section.rules)]
     calibration = samples(data.train, 200, seed=seed)
     with tempfile.TemporaryDirectory() as folder:

@@ -67,7 +67,12 @@ def test_the_wheel_holds_the_package_alone(built: dict[str, Path]) -> None:
         assert "torchclust = torchclust.cli:main" in wheel.read(entry).decode()
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "torchclust").rglob("*.py")}
     package = {name for name in names if ".dist-info/" not in name}
-    assert package == modules | {"torchclust/py.typed"}
+    project = {
+        str(f.relative_to(ROOT))
+        for f in (ROOT / "torchclust/recipes/project").iterdir()
+        if f.is_file()
+    }
+    assert package == modules | project | {"torchclust/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {*EXTRAS, "all", "dev"} == set(header.get_all("Provides-Extra"))
     needed = [line for line in header.get_all("Requires-Dist") if "extra ==" not in line]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,14 @@ def installed() -> tuple[ModuleType, ...]:
         raise ImportError(
             'torchclust.lightning needs PyTorch Lightning:  pip install "torchclust[lightning]"'
         )
-    return tuple(importlib.import_module(name) for name in found)
+    known = sorted(found, key=lambda name: name not in sys.modules)
+    first = importlib.import_module(known[0])
+    # Both trees tell the package that they share to log in their own name: the first one's stays.
+    shared: Any = importlib.import_module("lightning_utilities.core.rank_zero")
+    log = shared.log
+    trees = {known[0]: first, **{name: importlib.import_module(name) for name in known[1:]}}
+    shared.log = log
+    return tuple(trees[name] for name in found)
 
 
 def tree_of(value: object) -> ModuleType | None:
