@@ -74,7 +74,7 @@ def test_the_wheel_holds_the_package_alone(built: dict[str, Path]) -> None:
     }
     assert package == modules | project | {"torchclust/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert {*EXTRAS, "all", "dev"} == set(header.get_all("Provides-Extra"))
+    assert {*EXTRAS, "all", "dev", "micro"} == set(header.get_all("Provides-Extra"))
     needed = [line for line in header.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(re.split(r"[<>=!]", line)[0] for line in needed) == ["numpy", "torch"]
 

@@ -45,6 +45,8 @@ def charge_(
         ValueError: `share` is not between 0 and 1.
 
     Example:
+        >>> import torch
+        >>> from torchclust import charge_, cluster_
         >>> net = cluster_(torch.nn.Linear(64, 64), 9, assignment="nearest", rate=0.1)
         >>> optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
         >>> for step in range(20):
