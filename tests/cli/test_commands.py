@@ -75,9 +75,10 @@ def test_from_a_checkpoint_to_the_compiled_file(capsys) -> None:
 
 def check_kit(capsys) -> None:
     """`torchclust kit` on int8.tflite: its files, its JSON, and a folder that is not empty."""
-    np.save("images.npy", np.zeros((3, 784), np.float32))
+    np.save("images.npy", np.zeros((3, 28, 28, 1), np.float32))
     labels = ",".join("abcdefghij")
-    assert main(["kit", "int8.tflite", "board", "--labels", labels, "--inputs", "images.npy"]) == 0
+    status = main(["kit", "int8.tflite", "board", "--labels", labels, "--inputs", "images.npy"])
+    assert status == 0, capsys.readouterr().err
     assert "operators: " in capsys.readouterr().out
     assert 'kLabels[] = {"a", "b"' in Path("board/model.h").read_text()
     assert main(["kit", "int8.tflite", "board"]) == 2
