@@ -99,6 +99,49 @@ def test_the_gradient_is_that_of_the_expected_bits_under_dither() -> None:
     assert torch.allclose(got[away], numeric[away], rtol=0.06)
 
 
+def test_a_dead_centroid_is_no_wall() -> None:
+    """Weights beyond one that has lost its members are still pulled to the cheapest."""
+    table = torch.arange(-3.0, 4.0)
+    members = torch.tensor([0.0, 300, 0, 20_000, 0, 200, 1])
+    weights = torch.tensor([-2.9, -2.1, -1.9, -1.1, -0.9, -0.1, 0.1, 0.9, 1.1, 1.9, 2.1])
+    slopes = slopes_of_bits(weights, table, bits_of(members))
+    assert (slopes * weights.sign() > 1).all()
+    assert torch.allclose(slopes[2:6], slopes[2])
+    two = torch.stack([members, members.flip(0)])
+    rows = slopes_of_bits(weights.expand(2, -1), table.expand(2, -1), bits_of(two))
+    assert torch.allclose(rows[0], slopes)
+    assert torch.allclose(rows[1], -slopes_of_bits(-weights, table, bits_of(members)))
+
+
+@pytest.mark.parametrize("options", SHARING, ids=str)
+def test_weights_that_are_not_needed_end_alike(options: dict[str, Any]) -> None:
+    """No loss but the price: whatever spacing and granularity, everything becomes cheap."""
+    layer = make(rate=0.2, **options)
+    optimizer = torch.optim.Adam(layer.parameters(), 0.02)
+    for step in range(400):
+        optimizer.zero_grad()
+        (0 * layer(torch.zeros(2, 60)).sum()).backward()
+        charge_(layer, min(1.0, step / 100))
+        optimizer.step()
+    alike = layer.weight == layer.weight.mode(1).values[:, None]
+    assert alike.float().mean() > 0.97
+
+
+@pytest.mark.parametrize("options", SHARING, ids=str)
+def test_codebooks_start_even_and_stand_still(options: dict[str, Any]) -> None:
+    layer = make(rate=0.1, **options)
+    lookup = lookup_of(layer)
+    before = lookup._codebook(lookup.trained(latent_of(layer))).clone()
+    table = lookup._table(before).detach()
+    gaps = table.diff(dim=-1)
+    assert torch.allclose(gaps, gaps[..., :1].expand_as(gaps), rtol=1e-4)
+    assert (table == 0).any(-1).all()
+    # nine values for a normal distribution: the step that pays, 0.93, not what the range would give
+    assert gaps.mean() == pytest.approx(0.93, rel=0.15)
+    train(layer)
+    assert torch.equal(before, lookup._codebook(lookup.trained(latent_of(layer))))
+
+
 def test_it_adds_to_the_gradient_what_the_loss_would_gain() -> None:
     layer = make()
     layer(torch.randn(4, 60)).sum().backward()
@@ -120,6 +163,9 @@ def test_a_price_makes_fewer_bits(options: dict[str, Any]) -> None:
 
 def test_counts_follow_the_present_members() -> None:
     layer = train(make(), steps=40, share=1.0)
+    for _ in range(60):  # the weights stand, the price follows their counts, and these the price
+        layer(torch.randn(4, 60)).sum().backward()
+        charge_(layer)
     ((_, clustering),) = named_clusterings(layer)
     counts = torch.bincount(clustering.indices.flatten().int(), minlength=len(clustering.centroids))
     running = lookup_of(layer).members
@@ -165,13 +211,10 @@ def test_only_what_is_assigned_anew_and_asked_for_is_charged() -> None:
     rules: dict[str, Any] = {"0.weight": {"rate": 0.1}, "1.weight": {"rate": 0.1, "n_clusters": 4}}
     cluster_(net, {**rules, "2.weight": {"assignment": "fixed", "rate": 0.1}}, assignment="nearest")
     net(torch.randn(4, 20)).sum().backward()
-    before = [parameter.grad.clone() for parameter in net.parameters()]
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    before = {name: parameter.grad.clone() for name, parameter in trained.items()}
     charge_(net, parameters=[latent_of(net[0])])
-    changed = [
-        name
-        for (name, parameter), was in zip(net.named_parameters(), before, strict=True)
-        if not torch.equal(parameter.grad, was)
-    ]
+    changed = [name for name, p in trained.items() if not torch.equal(p.grad, before[name])]
     assert changed == ["0.parametrizations.weight.original"]
 
 

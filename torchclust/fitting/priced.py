@@ -97,7 +97,7 @@ def settle(moments: Moments, runs: Runs, price: float, steps: int) -> Runs:
     and a step may not pay.
     """
     runs = _kept(runs)
-    best = _objective(moments, runs, price)
+    best = objective(moments, runs, price)
     for _ in range(steps):
         bits = np.log2(moments.n / np.maximum(np.diff(runs.bounds), 1))
         weight = float(np.diff(moments.at(np.array([0, moments.n])))[0, 0]) / moments.n
@@ -109,7 +109,7 @@ def settle(moments: Moments, runs: Runs, price: float, steps: int) -> Runs:
         inner = np.searchsorted(moments.values, _below(limits / moments.scale, moments), "right")
         bounds = np.concatenate([[0], inner, [moments.n]])
         moved = _without_empty(moments, bounds, runs.zero)
-        cost = _objective(moments, moved, price)
+        cost = objective(moments, moved, price)
         if not cost < best:
             break
         runs, best = moved, cost
@@ -123,7 +123,7 @@ def bits_of_runs(lengths: Ints, n: int) -> Float64s:
     return bits
 
 
-def _objective(moments: Moments, runs: Runs, price: float) -> float:
+def objective(moments: Moments, runs: Runs, price: float) -> float:
     """Of runs whose centroids are given: up to a constant of the values."""
     weight, first, _ = np.diff(moments.at(runs.bounds), axis=1)
     u = runs.centroids * moments.scale - moments.centre

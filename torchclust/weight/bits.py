@@ -37,6 +37,31 @@ def bits_of(members: Tensor) -> Tensor:
     return (total / (members + 0.5)).log2()
 
 
+def falling_to_the_cheapest(table: Tensor, bits: Tensor) -> Tensor:
+    """The bits of a density with one peak: nowhere dearer than further away from the cheapest.
+
+    What lies between two centroids that comply gets the bits in between. Otherwise a centroid that
+    has lost its members would be a wall, which weights further out could not pass to the cheaper.
+
+    Args:
+        table: `(..., k)` ascending centroids.
+        bits: `(..., k)` of their indices.
+
+    >>> falling_to_the_cheapest(torch.tensor([-2.0, -1.0, 0.0, 1.0]), torch.tensor([5.0, 9, 1, 3]))
+    tensor([5., 3., 1., 3.])
+    """
+    place = torch.arange(bits.shape[-1], device=bits.device).expand(bits.shape)
+    cheapest = bits.argmin(-1, keepdim=True)
+    outside_left, outside_right = bits.cummin(-1).values, bits.flip(-1).cummin(-1).values.flip(-1)
+    complies = bits == torch.where(place < cheapest, outside_left, outside_right)
+    low = place.where(complies, 0).cummax(-1).values
+    high = place.where(complies, bits.shape[-1] - 1).flip(-1).cummin(-1).values.flip(-1)
+    table = table.expand(bits.shape)
+    left, right = table.gather(-1, low), table.gather(-1, high)
+    share = (table - left) / (right - left).clamp_min(torch.finfo(table.dtype).tiny)
+    return torch.lerp(bits.gather(-1, low), bits.gather(-1, high), share.to(bits.dtype))
+
+
 def slopes_of_bits(rows: Tensor, table: Tensor, bits: Tensor) -> Tensor:
     """By how many bits each weight's expected cost grows when the weight does.
 
@@ -48,6 +73,7 @@ def slopes_of_bits(rows: Tensor, table: Tensor, bits: Tensor) -> Tensor:
         table: `(k,)` or `(rows, k)` ascending centroids.
         bits: `(..., k)` of their indices.
     """
+    bits = falling_to_the_cheapest(table, bits)
     gap = table.diff(dim=-1).clamp_min(64 * torch.finfo(table.dtype).tiny)
     slopes = bits.diff(dim=-1) / gap
     if slopes.shape[-1] == 0:

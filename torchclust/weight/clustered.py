@@ -57,7 +57,10 @@ class ClusteredWeight(Stored):
         self._assigned: Tensor | None = None  # by the last priced forward pass, for `charge_`
         for name, tensor in tensors.items():
             if name in _PARAMETERS:
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad))
+                # At a price weights move through the codebook. An optimizer's steps, as wide for it
+                # as for a weight, would carry centroids through each other and through 0.
+                still = name == "centroids" and "members" in tensors
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad and not still))
             elif name not in ("original", "config_json"):
                 self.register_buffer(name, tensor)
         self.register_buffer("config_json", config_as_bytes(config).to(tensors["original"].device))

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchclust.fitting.codebook import Codebook, fit_codebook
+from torchclust.fitting.codebook import fit_codebook
+from torchclust.fitting.even import even_step
 from torchclust.fitting.integer_codebook import fit_integer_codebook
+from torchclust.fitting.nearest import assign, count_below_in_units
 from torchclust.weight.config import ClusterConfig
 
+_LARGEST = 127  # code
 _LEAST_UNIT = -24  # log2: float16 has no smaller one, and 0 / 0 would be the codes after a cast
 
 
@@ -23,36 +26,73 @@ def fit_rows(
         What trains (centroids, or the positive codes' magnitudes), the indices, and the other
         tensors of the lookup by name.
     """
-    fit = _fit_float if config.codebook_dtype == "float32" else _fit_integer
+    if config.codebook_dtype == "float32":
+        return _fit_float(rows, config, importance, seed)
+    fit = _space_integers if config.trains_at_a_price and rows.any() else _fit_integer
     return fit(rows, config, importance, seed)
 
 
 def _fit_float(
     rows: Tensor, config: ClusterConfig, importance: Tensor | None, seed: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    def fit(part: slice) -> Codebook:
-        return fit_codebook(
+    def fit(part: slice) -> tuple[Tensor, Tensor]:
+        weights = None if importance is None else importance[part]
+        if config.trains_at_a_price:
+            return _spaced(rows[part], config, weights)
+        book = fit_codebook(
             rows[part],
             config.n_clusters,
             init=config.init,
             max_iter=config.max_iter,
-            importance=None if importance is None else importance[part],
+            importance=weights,
             preserve_sparsity=config.preserve_sparsity,
             rate=config.rate,
             seed=seed,
         )
+        return book.centroids, book.indices
 
     if config.granularity == "tensor":
-        codebook = fit(slice(None))
-        centroids, indices = codebook.centroids, codebook.indices
+        centroids, indices = fit(slice(None))
     else:
         size = config.group_size if config.granularity == "group" else 1
         parts = [slice(start, start + (size or 1)) for start in range(0, len(rows), size or 1)]
         books = [fit(part) for part in parts]
-        centroids = _stack_padded([book.centroids for book in books])
-        indices = torch.cat([book.indices for book in books])
+        centroids = _stack_padded([centroids for centroids, _ in books])
+        indices = torch.cat([indices for _, indices in books])
     zero = {"zero_mask": centroids == 0} if config.preserve_sparsity else {}
     return centroids, indices.byte(), zero
+
+
+def _spaced(
+    rows: Tensor, config: ClusterConfig, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Evenly spaced centroids through 0, and the nearest of them."""
+    half = config.half
+    step = even_step(rows, half, config.rate, importance)
+    places = torch.arange(-half, half + 1, dtype=torch.float64, device=rows.device)
+    centroids = (step * places).to(rows.dtype)
+    return centroids, assign(rows, centroids)
+
+
+def _space_integers(
+    rows: Tensor, config: ClusterConfig, importance: Tensor | None, seed: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Evenly spaced codes, in steps as wide for every channel as its weights are large.
+
+    Errors count in units of the tensor, so that the steps of all channels share one price.
+    """
+    flat = rows.double().reshape(len(rows), -1)
+    size = flat.square().mean(1).sqrt()
+    size = torch.where(size > 0, size, size[size > 0].median())[:, None]
+    weights = size.square().expand_as(flat)
+    if importance is not None:
+        weights = weights * importance.double().reshape(flat.shape)
+    half = config.half
+    spacing = _LARGEST // half
+    scale = (even_step(flat / size, half, config.rate, weights) / spacing * size.squeeze(1)).float()
+    codes = spacing * torch.arange(-half, half + 1, device=rows.device)
+    indices = count_below_in_units(rows, scale, (codes[1:] + codes[:-1]).float() / 2)
+    return _trained(codes[half + 1 :], scale, indices, rows.dtype)
 
 
 def _fit_integer(
@@ -71,12 +111,18 @@ def _fit_integer(
     magnitudes, indices = book.codes[len(book.codes) // 2 + 1 :], book.indices
     if len(magnitudes) == 0:  # an all-zero weight: something must be there to train
         magnitudes, indices = book.codes.new_ones(1), indices + 1
-    unit = torch.exp2(book.scale.double().mean().log2().round().clamp_min(_LEAST_UNIT))
-    dtype = rows.dtype
+    return _trained(magnitudes, book.scale, indices, rows.dtype)
+
+
+def _trained(
+    magnitudes: Tensor, scale: Tensor, indices: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Integers and scales as they train: of the weight's own magnitude."""
+    unit = torch.exp2(scale.double().mean().log2().round().clamp_min(_LEAST_UNIT))
     return (
         (magnitudes.double() * unit).to(dtype),
         indices.byte(),
-        {"relative_scale": (book.scale.double() / unit).to(dtype), "unit": unit.to(dtype)},
+        {"relative_scale": (scale.double() / unit).to(dtype), "unit": unit.to(dtype)},
     )
 
 

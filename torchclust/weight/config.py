@@ -50,7 +50,9 @@ class ClusterConfig:
         rate: what a bit costs, at least 0: codebooks are fitted, weights assigned anew and, with
             ``"nearest"``, trained for fewer bits as well as for less error. In units of the
             weight's variance per bit and weight where weights are fitted and assigned
-            (`torchclust.fit_codebook`), of the loss where they train (`torchclust.charge_`).
+            (`torchclust.fit_codebook`), of the loss where they train (`torchclust.charge_`). With
+            ``"nearest"`` and the inits ``"optimal"`` and ``"linear"`` codebooks start evenly
+            spaced, in the step that pays (`torchclust.fitting.even`), and stand still.
 
     Raises:
         TypeError, ValueError: naming the field, the value given and what is valid.
@@ -119,6 +121,17 @@ class ClusterConfig:
                 f"group_size={self.group_size!r} needs granularity='group', "
                 f"got granularity={self.granularity!r}"
             )
+
+    @property
+    def half(self) -> int:
+        """Centroids on either side of 0 in a codebook that is symmetric about it."""
+        return min((self.n_clusters - 1) // 2, 127)
+
+    @property
+    def trains_at_a_price(self) -> bool:
+        """Whether codebooks are spaced evenly, for weights that will train at a price of bits."""
+        nearest = self.assignment == "nearest" and self.init in ("optimal", "linear")
+        return nearest and self.rate > 0 and self.half > 0
 
     def to_json(self) -> str:
         """The fields as one line of JSON, as a clustered state dict carries them."""
