@@ -74,19 +74,17 @@ def priced_midpoints(centroids: Tensor, bits: Tensor, price: Tensor) -> Tensor:
     >>> priced_midpoints(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 2.0]), half)
     tensor([0.7500, 1.5000])
     """
-    price = price[..., None] / 2
+    k = centroids.shape[-1]
+    if k == 1:
+        return centroids.new_empty(*torch.broadcast_shapes(price.shape, centroids.shape[:-1]), 0)
     least = 64 * torch.finfo(centroids.dtype).tiny
-    reached: Tensor | None = None
-    boundaries = []
-    for i in range(centroids.shape[-1] - 1):
-        # Beyond `reached[j]` centroid j is better than each of the centroids up to i.
-        low, high, own = centroids[..., i, None], centroids[..., i + 1 :], bits[..., i, None]
-        slope = (bits[..., i + 1 :] - own) / (high - low).clamp_min(least)
-        meet = low / 2 + high / 2 + price * slope
-        reached = meet if reached is None else torch.maximum(reached[..., 1:], meet)
-        boundaries.append(reached.amin(-1))
-    shape = torch.broadcast_shapes(price.shape[:-1], centroids.shape[:-1])
-    return torch.stack(boundaries, -1) if boundaries else centroids.new_empty(*shape, 0)
+    low, high = centroids[..., :, None], centroids[..., None, :]
+    slope = (bits[..., None, :] - bits[..., :, None]) / (high - low).clamp_min(least)
+    meet = low / 2 + high / 2 + price[..., None, None] / 2 * slope
+    # [i, j]: beyond it centroid j is better than each of the centroids up to i, if j is above i.
+    reached = meet.cummax(-2).values
+    above = torch.ones(k, k, dtype=torch.bool, device=centroids.device).triu(1)
+    return reached.masked_fill(~above, torch.inf).amin(-1)[..., :-1]
 
 
 def count_below(values: Tensor, boundaries: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 With ``rate`` a `ClusteredWeight` that assigns anew holds, as buffers in the state dict:
 
 - ``members``: how many weights each centroid (int8: each magnitude, 0 first) has had of late;
-- ``bit_price``: the rate in squared units of the weight;
+- ``bit_price``: the rate in squared units of the weight, or of its codes;
 - ``price_share``: how much of the price is charged at present, from 0 to 1.
 
 A centroid's bits are those that an adaptive coder pays, half a member more than it has
@@ -15,15 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchclust.fitting.nearest import count_below, count_below_in_rows
-from torchclust.weight.lookup import lookup
-
 RECENT = 0.1  # the share of the present counts in the running ones
 
 
-def price_tensors(rows: Tensor, rate: float, members: Tensor) -> dict[str, Tensor]:
-    """The buffers of a weight just fitted; the whole price is charged."""
-    variance = rows.double().var(correction=0)
+def price_tensors(rows: Tensor, rate: float, members: Tensor, unit: Tensor) -> dict[str, Tensor]:
+    """The buffers of a weight just fitted, prices in squares of a unit; all of it is charged."""
+    variance = rows.double().var(correction=0) / unit.double().square().mean()
     return {
         "members": members.float(),
         "bit_price": (rate * variance).float(),
@@ -62,23 +59,18 @@ def falling_to_the_cheapest(table: Tensor, bits: Tensor) -> Tensor:
     return torch.lerp(bits.gather(-1, low), bits.gather(-1, high), share.to(bits.dtype))
 
 
-def slopes_of_bits(rows: Tensor, table: Tensor, bits: Tensor) -> Tensor:
-    """By how many bits each weight's expected cost grows when the weight does.
+def slopes_between(table: Tensor, bits: Tensor) -> Tensor:
+    """By how many bits a weight's expected cost grows when the weight does, between two centroids.
 
     Under dither as wide as a cell the expected bits of a weight between two centroids are those of
     the two, interpolated; so this is the gradient of the expected bits under a smooth density.
 
     Args:
-        rows: the weights, output channels first.
-        table: `(k,)` or `(rows, k)` ascending centroids.
+        table: `(..., k)` ascending centroids.
         bits: `(..., k)` of their indices.
+
+    Returns:
+        `(..., k - 1)`, in bits per unit of the table.
     """
-    bits = falling_to_the_cheapest(table, bits)
     gap = table.diff(dim=-1).clamp_min(64 * torch.finfo(table.dtype).tiny)
-    slopes = bits.diff(dim=-1) / gap
-    if slopes.shape[-1] == 0:
-        return torch.zeros_like(rows)
-    inner = table[..., 1:-1]
-    if slopes.dim() == 1:
-        return lookup(slopes, count_below(rows, inner))
-    return lookup(slopes, count_below_in_rows(rows, inner))
+    return falling_to_the_cheapest(table, bits).diff(dim=-1) / gap

@@ -12,18 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchclust.fitting.nearest import (
-    count_below,
-    count_below_in_rows,
-    priced_midpoints,
-)
+from torchclust.fitting.nearest import priced_midpoints
 from torchclust.fitting.threads import must_be_traceable
 from torchclust.fitting.worth import without_noise
-from torchclust.weight.bits import RECENT, price_tensors, slopes_of_bits
+from torchclust.weight.bits import RECENT, price_tensors, slopes_between
 from torchclust.weight.codebooks import fit_rows, relative_error
 from torchclust.weight.config import ClusterConfig, config_as_bytes
 from torchclust.weight.evaluation_cache import EvaluationCache
-from torchclust.weight.lookup import Memory, at_least_float32, grouped_sum, lookup
+from torchclust.weight.lookup import Memory, grouped_sum, lookup
 from torchclust.weight.stored import Stored
 
 _PARAMETERS = ("centroids", "relative_scale")
@@ -143,11 +139,9 @@ class ClusteredWeight(Stored):
 
     def _cheapest(self, rows: Tensor, codebook: Tensor) -> Tensor:
         """Indices of the least squared distance plus price of their bits: midpoints that moved."""
-        table = at_least_float32(self._table(codebook))
         price = self._tensor("bit_price") * self._tensor("price_share")
-        limits = priced_midpoints(table, self.bits(), price)
-        count = count_below if limits.dim() == 1 else count_below_in_rows
-        return count(rows, limits)
+        limits = priced_midpoints(self._places(codebook), self.bits(), price)
+        return self._count_below(rows, limits)
 
     @property
     def is_priced(self) -> bool:
@@ -165,8 +159,11 @@ class ClusteredWeight(Stored):
         """
         assert latent.grad is not None
         rows, codebook = self._rows(latent), self._codebook(self.trained(latent))
-        slopes = slopes_of_bits(rows, at_least_float32(self._table(codebook)), self.bits())
-        latent.grad.add_(self._rows(slopes), alpha=share * price)
+        places = self._places(codebook)
+        if places.shape[-1] > 1:
+            gaps = self._count_below(rows, places[..., 1:-1])
+            slopes = self._per_weight(slopes_between(places, self.bits()))
+            latent.grad.add_(self._rows(lookup(slopes, gaps)), alpha=share * price)
         self._tensor("price_share").fill_(share)
         assigned = self._assigned
         indices = self._indices(latent, codebook) if assigned is None else assigned
@@ -176,8 +173,24 @@ class ClusteredWeight(Stored):
         members.lerp_(counts.to(members.dtype), RECENT)
 
     def bits(self) -> Tensor:
-        """What an index costs, in the shape of the table."""
+        """What an index costs, in the shape of the places."""
         raise NotImplementedError
+
+    def _places(self, codebook: Tensor) -> Tensor:
+        """The centroids in units of which prices are squares: ``(k,)``, or one row a channel."""
+        raise NotImplementedError
+
+    def _count_below(self, rows: Tensor, limits: Tensor) -> Tensor:
+        """How many of the limits, in those units and that shape, lie below each weight."""
+        raise NotImplementedError
+
+    def _per_weight(self, slopes: Tensor) -> Tensor:
+        """Slopes in those units as slopes of the weight, in the shape of the table but for k."""
+        return slopes
+
+    def price_unit(self) -> Tensor:
+        """Those units, in units of the weight."""
+        return torch.ones(())
 
     def members_of(self, indices: Tensor, codebook: Tensor) -> Tensor:
         """How many weights take each centroid, as the running counts have them."""
@@ -270,7 +283,7 @@ def _prices(
     )
     with torch.no_grad():
         members = fixed.members_of(indices, fixed._codebook(trained))
-    return price_tensors(rows, config.rate, members)
+    return price_tensors(rows, config.rate, members, fixed.price_unit())
 
 
 def _zero_if_finite(*tensors: Tensor) -> Tensor:

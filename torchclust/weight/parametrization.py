@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from torchclust.fitting.nearest import (
     assign,
+    count_below,
+    count_below_in_rows,
     count_below_in_units,
 )
 from torchclust.weight.bits import bits_of
@@ -48,6 +50,12 @@ class FloatClusteredWeight(ClusteredWeight):
     def bits(self) -> Tensor:
         """Of the `members`, one codebook or many."""
         return self._table(bits_of(self._tensor("members")))
+
+    def _places(self, codebook: Tensor) -> Tensor:
+        return at_least_float32(self._table(codebook))
+
+    def _count_below(self, rows: Tensor, limits: Tensor) -> Tensor:
+        return (count_below if limits.dim() == 1 else count_below_in_rows)(rows, limits)
 
     def members_of(self, indices: Tensor, codebook: Tensor) -> Tensor:
         """`(k,)` or `(codebooks, k)`."""
@@ -116,8 +124,22 @@ class IntegerClusteredWeight(ClusteredWeight):
     def bits(self) -> Tensor:
         """Of a magnitude, and one more for the sign."""
         bits = bits_of(self._tensor("members"))
-        bits = torch.cat([bits[1:].flip(0) + 1, bits[:1], bits[1:] + 1])
-        return bits.expand(self.shape[self.channel_dim], -1)
+        return torch.cat([bits[1:].flip(0) + 1, bits[:1], bits[1:] + 1])
+
+    def _places(self, codebook: Tensor) -> Tensor:
+        return mirrored(codebook).float()
+
+    def _count_below(self, rows: Tensor, limits: Tensor) -> Tensor:
+        scale = self.scale().detach().float().clamp_min(torch.finfo(torch.float32).tiny)
+        return count_below_in_units(rows, scale, limits)
+
+    def _per_weight(self, slopes: Tensor) -> Tensor:
+        scale = self.scale().detach().float().clamp_min(torch.finfo(torch.float32).tiny)
+        return slopes / scale[:, None]
+
+    def price_unit(self) -> Tensor:
+        """The channels' scales: an int8 codebook's price is in squared codes."""
+        return self.scale().detach()
 
     def members_of(self, indices: Tensor, codebook: Tensor) -> Tensor:
         """`(h + 1,)` of the magnitudes, 0 first."""
@@ -125,9 +147,8 @@ class IntegerClusteredWeight(ClusteredWeight):
         return torch.cat([counts[len(codebook), None], self._fold(counts[None])])
 
     def _nearest(self, rows: Tensor, codebook: Tensor) -> Tensor:
-        codes = mirrored(codebook).float()
-        scale = self.scale().detach().float().clamp_min(torch.finfo(torch.float32).tiny)
-        return count_below_in_units(rows, scale, (codes[1:] + codes[:-1]) / 2)
+        codes = self._places(codebook)
+        return self._count_below(rows, (codes[1:] + codes[:-1]) / 2)
 
     def _index_of_zero(self, codebook: Tensor) -> Tensor:
         return torch.full((), len(codebook), dtype=torch.uint8, device=codebook.device)
