@@ -12,8 +12,8 @@ from layers import LAYERS
 from torch import Tensor, nn
 
 from torchclust import charge_, cluster_, named_clusterings, refit_, restore_, strip_
-from torchclust.fitting.nearest import priced_midpoints
-from torchclust.weight.bits import bits_of, slopes_of_bits
+from torchclust.fitting.nearest import count_below, priced_midpoints
+from torchclust.weight.bits import bits_of, slopes_between
 from torchclust.weight.clustered import ClusteredWeight
 
 SHARING: list[dict[str, Any]] = [
@@ -42,6 +42,10 @@ def lookup_of(layer: nn.Module) -> ClusteredWeight:
 def latent_of(layer: nn.Module) -> Tensor:
     latent: Tensor = layer.parametrizations.weight.original  # type: ignore[union-attr, assignment]
     return latent
+
+
+def slopes_of_bits(weights: Tensor, table: Tensor, bits: Tensor) -> Tensor:
+    return slopes_between(table, bits)[count_below(weights, table[1:-1]).long()]
 
 
 def entropy(layer: nn.Module) -> float:
@@ -107,10 +111,9 @@ def test_a_dead_centroid_is_no_wall() -> None:
     slopes = slopes_of_bits(weights, table, bits_of(members))
     assert (slopes * weights.sign() > 1).all()
     assert torch.allclose(slopes[2:6], slopes[2])
-    two = torch.stack([members, members.flip(0)])
-    rows = slopes_of_bits(weights.expand(2, -1), table.expand(2, -1), bits_of(two))
-    assert torch.allclose(rows[0], slopes)
-    assert torch.allclose(rows[1], -slopes_of_bits(-weights, table, bits_of(members)))
+    two = slopes_between(table.expand(2, -1), bits_of(torch.stack([members, members.flip(0)])))
+    one = slopes_between(table, bits_of(members))
+    assert torch.allclose(two, torch.stack([one, -one.flip(0)]))
 
 
 @pytest.mark.parametrize("options", SHARING, ids=str)

@@ -352,6 +352,34 @@ class _Noise(nn.Module):
         return x + torch.linspace(0, 1, x.numel()).view(x.shape)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"codebook_dtype": "int8"},
+        {"granularity": "channel"},
+        {"assignment": "nearest"},
+        {"assignment": "nearest", "rate": 0.1},
+        {"assignment": "nearest", "rate": 0.1, "codebook_dtype": "int8"},
+    ],
+    ids=str,
+)
+def test_a_bias_is_clustered_trained_and_stripped(options: dict[str, Any]) -> None:
+    layer = nn.Linear(20, 40)
+    nn.init.normal_(layer.bias)
+    cluster_(layer, {"*": 8, "bias": 5}, **options)
+    layer(torch.randn(2, 20)).square().sum().backward()
+    for parameter in layer.parameters():
+        if parameter.grad is not None:
+            parameter.data -= 1e-3 * parameter.grad
+    trained = layer.bias.detach().clone()
+    assert "bias" in str(torchclust.summary(layer))
+    strip_(layer)
+    assert torch.equal(layer.bias, trained)
+    if options.get("codebook_dtype") != "int8" and "granularity" not in options:
+        assert len(layer.bias.unique()) <= 5
+
+
 def test_strip_is_idempotent_and_keeps_the_parameter() -> None:
     model = net()
     parameters = {name: id(p) for name, p in model.named_parameters()}

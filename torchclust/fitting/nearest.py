@@ -149,14 +149,14 @@ def count_below_in_rows(rows: Tensor, boundaries: Tensor) -> Tensor:
         boundaries: `(n, b)` ascending, b < 256.
     """
     dtype = _searchable(torch.promote_types(rows.dtype, boundaries.dtype))
-    flat, limits = rows.detach().to(dtype).flatten(1), boundaries.detach().to(dtype)
+    flat, limits = in_rows(rows.detach().to(dtype)), boundaries.detach().to(dtype)
     if flat.device.type != "cpu" or must_be_traceable(rows, limits) or limits.shape[1] > _COMPARED:
         found = torch.searchsorted(limits.contiguous(), flat.contiguous(), out_int32=True)
         return found.to(torch.uint8).view(rows.shape)
     counts = torch.empty(rows.shape, dtype=torch.uint8, device="cpu")
 
     def count(part: slice) -> None:
-        block, into = flat[part].numpy(), counts[part].flatten(1).numpy()
+        block, into = flat[part].numpy(), in_rows(counts[part]).numpy()
         ends = limits[part].numpy()
         into[:] = 0
         for limit in range(ends.shape[1]):
@@ -164,6 +164,11 @@ def count_below_in_rows(rows: Tensor, boundaries: Tensor) -> Tensor:
 
     in_blocks(count, flat, _BLOCK)
     return counts
+
+
+def in_rows(tensor: Tensor) -> Tensor:
+    """Two dimensions: what belongs to each index of the first one is a row, one value of a bias."""
+    return tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
 
 
 def mirrored_limits(magnitudes: Tensor) -> Tensor:

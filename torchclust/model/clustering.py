@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from torchclust.fitting.nearest import in_rows
 from torchclust.model.places import clustered_places, clustered_weight, parametrizations_of
 from torchclust.weight.clustered import ClusteredWeight
 from torchclust.weight.config import ClusterConfig
@@ -150,7 +151,7 @@ def check_distinct(path: str, clustering: Clustering, value: Tensor) -> None:
             f"{path!r} holds NaN or infinity: the training diverged. Lower the learning rate and "
             f"train again, or strip without the check:  strip_(model, validate=False)"
         )
-    table_rows = value.transpose(0, clustering.channel_dim).flatten(1)
+    table_rows = in_rows(value.transpose(0, clustering.channel_dim))
     if config.granularity == "tensor" and config.codebook_dtype == "float32":
         table_rows = table_rows.reshape(1, -1)
     size = config.group_size or 1

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchclust.fitting.nearest import in_rows
 from torchclust.fitting.worth import entropy
 from torchclust.model.clustering import Clustering, count_distinct, named_clusterings
 from torchclust.model.rules import Decision
@@ -187,7 +188,7 @@ def distinct_values(clustering: Clustering, indices: Tensor) -> int:
     config = clustering.config
     if config.granularity == "tensor":
         return int((torch.bincount(indices.reshape(-1)) > 0).sum())
-    rows = indices.transpose(0, clustering.channel_dim).flatten(1)
+    rows = in_rows(indices.transpose(0, clustering.channel_dim))
     return max(len(part.unique()) for part in rows.split(config.group_size or 1))
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchclust.fitting.nearest import in_rows
 from torchclust.fitting.threads import in_blocks, must_be_traceable
 
 _BLOCK = 1 << 15  # indices at a time: widened they stay in the cache, and torch starts no threads
@@ -106,7 +107,7 @@ def grouped_sum(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
 
         sums = torch.stack(in_blocks(add, index, _BLOCK))
         return sums.sum(0, dtype=torch.float64).to(values.dtype)
-    flat, index = values.detach().flatten(1), indices.flatten(1)
+    flat, index = in_rows(values.detach()), in_rows(indices)
     total = at_least_float32(torch.zeros(shape, dtype=values.dtype, device="cpu"))
 
     def add_rows(block: slice) -> None:
@@ -187,7 +188,7 @@ def _gather(table: Tensor, indices: Tensor, memory: Memory | None) -> Tensor:
             torch.index_select(source, 0, index[block].int(), out=flat[block])
 
     else:
-        index, flat = indices.flatten(1), out.view(len(out), -1)
+        index, flat = in_rows(indices), out.view(len(out), -1)
 
         def gather(block: slice) -> None:
             torch.gather(table[block], 1, index[block].long(), out=flat[block])
@@ -217,7 +218,7 @@ def _plain_lookup(table: Tensor, indices: Tensor) -> Tensor:
     """The lookup in one differentiable expression, for compilers and for other devices."""
     if table.dim() == 1:
         return table[indices.long()]
-    index = indices.flatten(1).long()
+    index = in_rows(indices).long()
     return torch.gather(table, 1, index).view(indices.shape)
 
 
@@ -229,7 +230,7 @@ def _scatter_sum(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
     """
     wide = at_least_float32(values)
     if len(shape) == 2:
-        sums = wide.new_zeros(shape).scatter_add_(1, indices.flatten(1).long(), wide.flatten(1))
+        sums = wide.new_zeros(shape).scatter_add_(1, in_rows(indices).long(), in_rows(wide))
         return sums.to(values.dtype)
     flat, index = wide.reshape(-1), indices.reshape(-1).long()
     lanes = min(_LANES, max(1, flat.numel() // 64))

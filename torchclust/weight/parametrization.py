@@ -26,6 +26,7 @@ from torchclust.fitting.nearest import (
     count_below,
     count_below_in_rows,
     count_below_in_units,
+    in_rows,
 )
 from torchclust.weight.bits import bits_of
 from torchclust.weight.clustered import ClusteredWeight, fit_as
@@ -66,7 +67,7 @@ class FloatClusteredWeight(ClusteredWeight):
             return assign(rows, codebook)
         table = at_least_float32(self._table(codebook))
         limits = table[:, 1:] / 2 + table[:, :-1] / 2  # halved first: no overflow
-        flat = at_least_float32(rows).flatten(1)
+        flat = in_rows(at_least_float32(rows))
         found = torch.searchsorted(limits.contiguous(), flat.contiguous(), out_int32=True)
         return found.byte().view(rows.shape)
 
