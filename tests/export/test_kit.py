@@ -28,7 +28,7 @@ from torchclust.export.container import pack, unpack
 from torchclust.export.cpp import Board, files
 from torchclust.export.inspect import Port
 from torchclust.export.kit import FILES
-from torchclust.export.microcontroller import Micro, as_inputs, least_arena
+from torchclust.export.micro_interpreter import Micro, as_inputs, least_arena
 from torchclust.export.resolver import registrations
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
