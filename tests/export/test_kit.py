@@ -273,22 +273,36 @@ def test_several_inputs_and_outputs_of_other_types(tmp_path: Path) -> None:
         assert built(kit, tmp_path / "build", "", *options)
 
 
-def test_the_card_has_what_is_known_and_no_more(kit: BoardKit, model: Path, tmp_path: Path) -> None:
+def test_the_card_has_what_is_known_and_no_more(kit: BoardKit) -> None:
     card = (kit.folder / "MODEL_CARD.md").read_text()
-    assert "Accuracy" not in card
+    assert "test data" not in card
     assert "tflite-micro" in card
     assert "1 x 12 x 12 x 3" in card
-    shutil.copy(model, tmp_path / "int8.tflite")
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("int8.tflite", "| int8, clustered: this file | 0 |"),
+        ("tflm.tflite", "| int8, clustered: this file | 0 |"),
+        ("baseline_int8.tflite", "| int8, not clustered, trained as long: this file | 0.9125 |"),
+        ("another.tflite", "| int8, clustered | 0 |"),
+    ],
+)
+def test_the_card_of_a_run_has_its_metric(name: str, row: str, model: Path, tmp_path: Path) -> None:
+    shutil.copy(model, tmp_path / name)
     report = {
         "name": "digits", "seed": 3, "versions": {"torch": "2.13.0"},
-        "accuracy": {"float": 91.25, "clustered": None, "int8": 90.5, "baseline_int8": 91.0},
+        "metric": {"name": "AUC", "mode": "max", "unit": ""},
+        "accuracy": {"float": 0.91255, "clustered": None, "int8": 0.0, "baseline_int8": 0.9125},
         "recipe": {"data": {"name": "mnist5k"}},
     }  # fmt: skip
     (tmp_path / "report.json").write_text(json.dumps(report))
-    beside = board_kit(tmp_path / "int8.tflite", tmp_path / "board")
-    card = (beside.folder / "MODEL_CARD.md").read_text()
-    for text in ("# digits", "mnist5k", "91.25", "90.50", "seed 3", "torch 2.13.0"):
+    card = (board_kit(tmp_path / name, tmp_path / "board").folder / "MODEL_CARD.md").read_text()
+    for text in ("# digits", "mnist5k", "| model | AUC |", "0.91255", "seed 3", "torch 2.13.0"):
         assert text in card
+    assert row in card
+    assert card.count("this file") == (name != "another.tflite")
     assert "float, clustered" not in card
 
 
