@@ -241,6 +241,9 @@ def test_a_file_with_lookup_tables_registers_decode(model: Path, tmp_path: Path)
     kit = board_kit(report.path, tmp_path / "board")
     assert "AddDecode()" in (kit.folder / "operators.h").read_text()
     assert kit.flash_bytes == report.flash_after
+    tables = sum(row.left is None for row in report.rows)
+    card = (kit.folder / "MODEL_CARD.md").read_text()
+    assert f"{tables} more are lookup tables" in card
     assert report.arena_after <= kit.arena_bytes <= 1.05 * report.arena_after
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torchclust.export.cpp import Board
 from torchclust.export.inspect import Inspection, Port
+from torchclust.export.resolver import DECODE
 from torchclust.export.vela_report import VelaReport
 
 _KIB = 1024
@@ -42,12 +43,16 @@ def card(
     lines += [
         f"| {r.operator} | {_by(r.shape)} | {r.codes} | {r.entropy_bits:.2f} |" for r in inspected
     ]
+    tables = inspected.operators.get(DECODE)
+    if tables:
+        lines += ["", f"{tables} more are lookup tables, decoded into the arena before their use."]
     lines += ["", "## How it was made", "", _made(inspected.path, report)]
     return "\n".join(lines) + "\n"
 
 
 def _intended(board: Board, recipe: Mapping[str, Any]) -> list[str]:
-    data = recipe.get("data", {}).get("name")
+    source = recipe.get("data", {})
+    data = source.get("name") or source.get("target")
     task = f"Classifies into {', '.join(board.labels)}." if board.labels else ""
     trained = f"Trained and tested on {data}." if data else ""
     lines = [" ".join(filter(None, (task, trained))), ""] if task or trained else []
