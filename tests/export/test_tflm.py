@@ -20,7 +20,7 @@ from torchclust import cluster_
 from torchclust.export import ExportError, inspect_tflite, table_plan, tflm, to_tflite, vela
 from torchclust.export.graph import read_graph
 from torchclust.export.lookup_tables import Encoded, encode, with_tables
-from torchclust.export.microcontroller import Micro, as_inputs, least_arena, random_inputs
+from torchclust.export.micro_interpreter import Micro, as_inputs, least_arena, random_inputs
 from torchclust.export.parts import in_parts
 from torchclust.export.resolver import DECODE
 

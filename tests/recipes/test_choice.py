@@ -22,12 +22,11 @@ from torchclust.allocation.knapsack import Choice
 from torchclust.allocation.sensitivity import CANDIDATES, candidates
 from torchclust.export.lookup_tables import OVERHEAD
 from torchclust.recipes import prepare as preparing
+from torchclust.recipes.chip import codebooks_of, measure_of, table_bytes, ways
 from torchclust.recipes.choice import (
     _within_budget,
     _within_drop,
     curves_of,
-    measure_of,
-    table_bytes,
     tensor_configs,
 )
 from torchclust.recipes.kept import Stages
@@ -294,6 +293,51 @@ def test_another_budget_measures_nothing_anew(tmp_path: Path) -> None:
         recipe = parse_recipe(with_cluster(budget=budget))
         train_networks(prepare(recipe), Stages(tmp_path, said.append, progress=False))
     assert said.count("sensitivity ...") == said.count("sensitivity: done before") == 1
+
+
+TABLES = {"export": {}, "tflm": {}}
+
+
+def test_lookup_tables_have_both_codebooks_to_choose_from() -> None:
+    """Bytes are the same but for the empty place, so that the loss alone decides between them."""
+    model = prepare(parse_recipe(with_cluster(budget=30.0))).model
+    recipe = parse_recipe({**with_cluster(budget=30.0, rules={"3.weight": 5}), **TABLES})
+    curves = curves_of(recipe, model, torch.rand(30, 1, 28, 28))
+    sizes = {(c.codebook_dtype, c.n_clusters): c.n_bytes for c in curves["1.weight"]}
+    assert set(sizes) == {*itertools.product(["float32", "int8"], [4, 8, 32]), ("float32", 2)}
+    assert all(abs(sizes["float32", k] - sizes["int8", k]) <= 1 for k in (4, 8, 32))
+    assert [(c.n_clusters, c.codebook_dtype) for c in curves["3.weight"]] == [(5, "float32")]
+
+
+def test_a_budget_for_lookup_tables_mixes_codebooks(tmp_path: Path) -> None:
+    recipe = parse_recipe({**with_cluster(budget=30.0), **TABLES})
+    networks = train_networks(prepare(recipe), Stages(tmp_path, progress=False))
+    chosen, found = networks.chosen, dict(named_clusterings(networks.compressed))
+    assert chosen.n_bytes <= 30 * 1024
+    for name, one in chosen.allocation.items():
+        config = found[name].config
+        assert (config.n_clusters, config.codebook_dtype) == (one.n_clusters, one.codebook_dtype)
+    assert {one.codebook_dtype for one in chosen.allocation.values()} == {"float32", "int8"}
+
+
+def test_a_codebook_that_is_named_is_the_only_one() -> None:
+    free, default = with_cluster(budget=30.0), ClusterConfig()
+    named = with_cluster(budget=30.0, codebook_dtype="float32")
+    ruled = with_cluster(budget=30.0, rules={"1.weight": {"codebook_dtype": "int8"}})
+    kinds = [codebooks_of(parse_recipe({**c, **TABLES})) for c in (free, named, ruled)]
+    assert kinds == [("float32", "int8"), ("float32",), ("float32",)]
+    assert codebooks_of(parse_recipe({**free, **TABLES, "vela": {}})) == ("float32",)
+    for content, config in (
+        (ruled, ClusterConfig(codebook_dtype="int8")),
+        (free, ClusterConfig(granularity="channel")),
+    ):
+        tried = ways(parse_recipe({**content, **TABLES}), config, 1000)
+        assert {way.codebook_dtype for way in tried} == {config.codebook_dtype}
+    assert ways(parse_recipe(free), default, 1000) == candidates(default, 1000)
+    for content in (free, named):
+        recipe = parse_recipe({**content, **TABLES})
+        again = parse_recipe(recipe.to_dict())
+        assert codebooks_of(again) == codebooks_of(recipe)
 
 
 def test_a_budget_too_small_says_what_is_possible(tmp_path: Path) -> None:

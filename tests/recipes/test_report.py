@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
+from torchclust.recipes.metric import Metric
+from torchclust.recipes.plot import _plot_accuracies
 from torchclust.recipes.report import gains, markdown, show
 
 REPORT: dict[str, Any] = {
@@ -81,3 +84,17 @@ def test_a_person_sees_the_gains_and_where_to_look(
     text = capsys.readouterr().out
     assert ("2.00x larger" in text) == measured
     assert text.endswith("Everything is in runs/x; begin with runs/x/report.md\n")
+
+
+@pytest.mark.parametrize(
+    ("metric", "title", "below"),
+    [
+        (Metric("accuracy", "max", "%"), "Accuracy on the test data, %", ""),
+        (Metric("AUC", "max"), "AUC on the test data", "larger is better"),
+        (Metric("test_mse", "min"), "test_mse on the test data", "smaller is better"),
+    ],
+)
+def test_the_plot_says_which_way_is_better(metric: Metric, title: str, below: str) -> None:
+    axes = Figure().subplots()
+    _plot_accuracies(axes, {"float": 0.75, "int8": 0.5}, metric)
+    assert (axes.get_title(loc="left"), axes.get_xlabel()) == (title, below)

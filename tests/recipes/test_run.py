@@ -345,17 +345,20 @@ def test_sweep_needs_values_and_valid_recipes(tmp_path: Path) -> None:
 
 
 def test_sweep_plots_what_was_measured(tmp_path: Path) -> None:
-    def row(label: str, flash: int | None, zipped: int) -> dict:
+    def row(label: str, zipped: int, flash: int | None = None, tables: int | None = None) -> dict:
         sizes = {"flash, bytes": flash, "encoded weights, bytes": flash, "int8 zip, bytes": zipped}
+        sizes["tflite-micro's flash, bytes"] = tables
         baseline = {f"baseline {name}": 9000 for name in sizes}
         rest = {"float zip, bytes": 1, "cycles": None, "not clustered, %": 90.0}
         return {"label": label, "int8 accuracy, %": 89.0, **sizes, **baseline, **rest}
 
-    for flash in (3000, None, 0):
-        _plot([row("a", flash, 2000), row("b", flash, 1000)], tmp_path / f"{flash}.png", PERCENT)
-        assert (tmp_path / f"{flash}.png").read_bytes().startswith(b"\x89PNG")
-    assert "cycles" not in markdown_of_sweep([row("a", 3000, 2000)])
-    assert "| a | 89.00 |" in markdown_of_sweep([row("a", 3000, 2000)])
+    for number, chip in enumerate(({"flash": 3000}, {}, {"flash": 0}, {"tables": 4000})):
+        path = tmp_path / f"{number}.png"
+        _plot([row("a", 2000, **chip), row("b", 1000, **chip)], path, PERCENT)
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert "cycles" not in markdown_of_sweep([row("a", 2000, 3000)])
+    assert "| a | 89.00 |" in markdown_of_sweep([row("a", 2000, 3000)])
+    assert "4,000" in markdown_of_sweep([row("a", 2000, tables=4000)])
 
 
 def test_pareto_front() -> None:

@@ -10,11 +10,14 @@ nearly everything.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from torchclust.weight.config import CodebookDtype
 
 _STEPS = 1 << 17  # of the table; where choices span more than 128 KiB, a step is several bytes
 
@@ -27,11 +30,13 @@ class Choice:
         n_clusters: most distinct values; None for a tensor that is not clustered.
         n_bytes: encoded.
         loss: how much the model's output suffers from it alone, in any unit that adds up.
+        codebook_dtype: of the codebook; None for a tensor that is not clustered.
     """
 
     n_clusters: int | None
     n_bytes: int
     loss: float
+    codebook_dtype: CodebookDtype | None = None
 
 
 Curves = Mapping[str, Sequence[Choice]]
@@ -112,7 +117,7 @@ def rescaled(curves: Curves, chosen: Allocation, n_bytes: Mapping[str, int]) -> 
     """Return the curves with each tensor's bytes in the ratio of `n_bytes` to what was `chosen`."""
     return {
         name: [
-            Choice(c.n_clusters, round(c.n_bytes * n_bytes[name] / chosen[name].n_bytes), c.loss)
+            dataclasses.replace(c, n_bytes=round(c.n_bytes * n_bytes[name] / chosen[name].n_bytes))
             for c in choices
         ]
         for name, choices in curves.items()

@@ -108,7 +108,8 @@ def sensitivity_curves(
         clustered = cluster_(copy.deepcopy(start), {name: config}, seed=seed)
         loss = float(apart(_outputs(clustered, inputs), before))
         n_bytes = encoded_bytes(clustered, measure, [name])[name]
-        curves[name].append(Choice(config.n_clusters, n_bytes, max(0.0, loss)))
+        kind = config.codebook_dtype
+        curves[name].append(Choice(config.n_clusters, n_bytes, max(0.0, loss), kind))
     return curves
 
 

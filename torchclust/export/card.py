@@ -10,9 +10,12 @@ from typing import Any
 
 from torchclust.export.cpp import Board
 from torchclust.export.inspect import Inspection, Port
+from torchclust.export.resolver import DECODE
 from torchclust.export.vela_report import VelaReport
 
 _KIB = 1024
+# What a run calls its files, and where their scores stand in its report.
+_FILES = {"int8.tflite": "int8", "tflm.tflite": "int8", "baseline_int8.tflite": "baseline_int8"}
 _PACKAGES = ("torchclust", "torch", "litert-torch", "tflite-micro", "ethos-u-vela")
 
 
@@ -32,7 +35,7 @@ def card(
     recipe = report.get("recipe", {})
     lines = [f"# {report.get('name') or inspected.path.stem}", ""]
     lines += _intended(board, recipe)
-    lines += _accuracy(report.get("accuracy", {}))
+    lines += _scores(inspected.path.name, report)
     lines += ["", "## Size", "", "| what | KiB |", "|---|---:|"]
     lines += _sizes(board, inspected, compiled)
     lines += ["", "## Weights", "", "| operator | shape | codes | bits per weight (entropy) |"]
@@ -40,12 +43,16 @@ def card(
     lines += [
         f"| {r.operator} | {_by(r.shape)} | {r.codes} | {r.entropy_bits:.2f} |" for r in inspected
     ]
+    tables = inspected.operators.get(DECODE)
+    if tables:
+        lines += ["", f"{tables} more are lookup tables, decoded into the arena before their use."]
     lines += ["", "## How it was made", "", _made(inspected.path, report)]
     return "\n".join(lines) + "\n"
 
 
 def _intended(board: Board, recipe: Mapping[str, Any]) -> list[str]:
-    data = recipe.get("data", {}).get("name")
+    source = recipe.get("data", {})
+    data = source.get("name") or source.get("target")
     task = f"Classifies into {', '.join(board.labels)}." if board.labels else ""
     trained = f"Trained and tested on {data}." if data else ""
     lines = [" ".join(filter(None, (task, trained))), ""] if task or trained else []
@@ -59,19 +66,27 @@ def _port(kind: str, p: Port) -> str:
     return f"| {kind} {p.name} | {p.dtype} | {_by(p.shape)} | {p.scale:.6g} | {p.zero_point} |"
 
 
-def _accuracy(accuracy: Mapping[str, Any]) -> list[str]:
+def _scores(file: str, report: Mapping[str, Any]) -> list[str]:
+    """What the run measured on its test data, by the metric that it has."""
+    found, metric = report.get("accuracy", {}), report.get("metric", {})
     labels = {
         "float": "float, not clustered",
         "clustered": "float, clustered",
         "baseline_int8": "int8, not clustered, trained as long",
-        "int8": "int8, clustered: this file",
+        "int8": "int8, clustered",
     }
+    if file in _FILES:
+        labels[_FILES[file]] += ": this file"
     rows = [
-        f"| {label} | {accuracy[key]:.2f} |" for key, label in labels.items() if accuracy.get(key)
+        f"| {label} | {found[key]:.5g} |"
+        for key, label in labels.items()
+        if found.get(key) is not None
     ]
     if not rows:
         return []
-    return ["", "## Accuracy on the test data", "", "| model | % |", "|---|---:|", *rows]
+    unit = f", {metric['unit']}" if metric.get("unit") else ""
+    name = f"{metric.get('name', 'accuracy')}{unit}"
+    return ["", "## On the test data", "", f"| model | {name} |", "|---|---:|", *rows]
 
 
 def _sizes(board: Board, inspected: Inspection, compiled: VelaReport | None) -> Sequence[str]:

@@ -17,7 +17,7 @@ from torchclust.export.backends import ExportError
 from torchclust.export.card import card, run_report
 from torchclust.export.graph import read_graph
 from torchclust.export.inspect import inspect_tflite
-from torchclust.export.microcontroller import (
+from torchclust.export.micro_interpreter import (
     Micro,
     as_inputs,
     check_runs_on_micro,

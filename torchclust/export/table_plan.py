@@ -11,7 +11,7 @@ import numpy as np
 from torchclust.export.backends import ExportError
 from torchclust.export.graph import Graph, Weight, read_graph
 from torchclust.export.lookup_tables import OVERHEAD, Encoded, encode, with_tables
-from torchclust.export.microcontroller import least_arena
+from torchclust.export.micro_interpreter import least_arena
 from torchclust.export.parts import DIVISIBLE, in_parts
 
 _OPERATORS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")

@@ -29,7 +29,7 @@ from torchclust.export.faithful import check_float, check_operators, layer_of
 from torchclust.export.graph import Graph, Weight, read_graph
 from torchclust.export.inspect import Port, count_operators, float_operators, port
 from torchclust.export.learned import find_learned
-from torchclust.export.micro import micro_difference
+from torchclust.export.micro_agreement import micro_difference
 from torchclust.export.names import with_names
 from torchclust.export.noise import warn_if_noisy
 from torchclust.export.pointwise import convolutions_for_linears

@@ -19,7 +19,7 @@ import numpy as np
 
 from torchclust.export.backends import ExportError
 from torchclust.export.graph import Array
-from torchclust.export.microcontroller import (
+from torchclust.export.micro_interpreter import (
     Micro,
     as_inputs,
     check_runs_on_micro,

@@ -19,21 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from torchclust.allocation.encoded_size import (
-    Measure,
-    encoded_bytes,
-    entropy_bytes,
-    int8_codes,
-    vela_bytes,
-)
+from torchclust.allocation.encoded_size import encoded_bytes
 from torchclust.allocation.knapsack import Allocation, Allocations, Choice, Curves, rescaled
-from torchclust.allocation.sensitivity import Distance, candidates, sensitivity_curves
-from torchclust.export.lookup_tables import OVERHEAD, encode
-from torchclust.model.clustering import Clustering, named_clusterings
+from torchclust.allocation.sensitivity import Distance, sensitivity_curves
+from torchclust.model.clustering import named_clusterings
 from torchclust.model.slots import decisions
+from torchclust.recipes.chip import measure_of, ways
 from torchclust.recipes.prepare import clustered_copy
 from torchclust.recipes.schema import ClusterSection, Recipe, RecipeError
 from torchclust.weight.config import ClusterConfig
@@ -88,28 +81,6 @@ class Chosen:
         return {"rules": rules, "encoded_bytes": self.n_bytes, "tensors": tensors}
 
 
-def table_bytes(weight: Tensor, clustering: Clustering | None) -> int:
-    """Return the bytes of a lookup table for tflite-micro, or of the int8 tensor if that is less.
-
-    Its indices are of a fixed width, so that 3, 4, 8 and 16 codes are what pays off, and how often
-    each is used does not matter.
-    """
-    codes = int8_codes(weight, clustering).to(torch.int8).cpu().numpy()
-    channel = 0 if clustering is None else clustering.channel_dim
-    found = encode(codes, channel, codes.shape[channel])
-    return weight.numel() if found is None else min(weight.numel(), found.n_bytes + OVERHEAD)
-
-
-def measure_of(recipe: Recipe) -> Measure:
-    """Return what counts a recipe's bytes: the chip's decoder that it writes for, else entropy.
-
-    Vela's encoder comes before tflite-micro's tables where a recipe writes for both.
-    """
-    if recipe.vela is not None:
-        return vela_bytes
-    return table_bytes if recipe.tflm is not None else entropy_bytes
-
-
 def tensor_configs(recipe: Recipe, model: nn.Module) -> tuple[dict[str, ClusterConfig], set[str]]:
     """Return how every tensor is clustered, and the names of those whose `n_clusters` is free."""
     section = recipe.cluster
@@ -133,7 +104,7 @@ def curves_of(
     configs, free = tensor_configs(recipe, model)
     sizes = {name: value.numel() for name, value, _ in decisions(model) if value.dim() > 1}
     tried = {
-        name: candidates(config, sizes[name]) if name in free else [config]
+        name: ways(recipe, config, sizes[name]) if name in free else [config]
         for name, config in configs.items()
         if name in sizes
     }
@@ -256,10 +227,11 @@ def _rules(
     usual = ClusterConfig(n_clusters=section.n_clusters, **section.options)
     rules: dict[str, Any] = {}
     for name in (n for n in allocation if n in free):
-        k = allocation[name].n_clusters
+        k, kind = allocation[name].n_clusters, allocation[name].codebook_dtype
+        config = dataclasses.replace(configs[name], codebook_dtype=kind or usual.codebook_dtype)
         fields = {
             field: value
-            for field, value in dataclasses.asdict(configs[name]).items()
+            for field, value in dataclasses.asdict(config).items()
             if field != "n_clusters" and value != getattr(usual, field)
         }
         rules[name] = {"n_clusters": k, **fields} if fields and k is not None else k

@@ -103,7 +103,11 @@ def _plot_accuracies(axes: Axes, accuracy: Mapping[str, float | None], metric: M
     }
     values = {label: accuracy.get(key) for key, label in labels.items()}
     known = {label: value for label, value in values.items() if value is not None}
-    axes.set_title(_heading(metric), loc="left", fontsize=10)
+    unit = f", {metric.unit}" if metric.unit else ""
+    axes.set_title(f"{metric.title} on the test data{unit}", loc="left", fontsize=10)
+    if not unit:  # of a percentage one knows
+        better = {"max": "larger is better", "min": "smaller is better"}[metric.mode]
+        axes.set_xlabel(better, fontsize=8)
     for place, (label, value) in enumerate(known.items()):
         colour = BEFORE if label in list(labels.values())[:3] else AFTER
         axes.plot(value, place, "o", color=colour, markersize=9)
@@ -116,13 +120,6 @@ def _plot_accuracies(axes: Axes, accuracy: Mapping[str, float | None], metric: M
     axes.set_xlim(low - 0.3 * room, high + 0.6 * room)
     axes.grid(axis="y", color="#e5e7eb")
     _plain_frame(axes)
-
-
-def _heading(metric: Metric) -> str:
-    if metric.unit:
-        return f"{metric.title} on the test data, {metric.unit}"
-    better = {"max": "larger is better", "min": "smaller is better"}[metric.mode]
-    return f"{metric.title} on the test data ({better})"
 
 
 def _plot_weights(axes: Axes, name: str, weight: Tensor, clustering: Clustering) -> None:

@@ -262,7 +262,7 @@ def _tensor_table(report: Report) -> list[str]:
 def _chosen(chosen: dict[str, Any]) -> list[str]:
     """Return what the choice costs tensor by tensor, and how to run with it."""
     rows = [
-        (f"`{name}`", str(c["n_clusters"] or "-"), _kib(c["n_bytes"]), f"{c['loss']:.4f}")
+        (f"`{name}`", _clusters(c), _kib(c["n_bytes"]), f"{c['loss']:.4f}")
         for name, c in chosen["tensors"].items()
     ]
     rows.append(("together", "", _kib(chosen["encoded_bytes"]), ""))
@@ -278,6 +278,10 @@ def _chosen(chosen: dict[str, Any]) -> list[str]:
         f"rules: {json.dumps(chosen['rules'])}",
         "```",
     ]
+
+
+def _clusters(chosen: Mapping[str, Any]) -> str:
+    return f"{chosen['n_clusters']}, {chosen['codebook_dtype']}" if chosen["n_clusters"] else "-"
 
 
 def _provenance(report: Report) -> list[str]:

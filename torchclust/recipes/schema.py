@@ -114,6 +114,8 @@ class ClusterSection(Section):
         fields: dict[str, Any] = dump(self)
         if self.chooses:
             fields.pop("n_clusters")
+            if "codebook_dtype" not in self.model_fields_set:  # then it may be chosen, too
+                fields.pop("codebook_dtype")
         return fields
 
     @model_validator(mode="before")

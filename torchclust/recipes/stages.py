@@ -27,6 +27,7 @@ from torchclust.lightning.trees import Callback
 from torchclust.model.clustering import named_clusterings
 from torchclust.model.restore import restore_
 from torchclust.recipes import choice
+from torchclust.recipes.chip import codebooks_of, measure_of
 from torchclust.recipes.kept import Result, Stages, origin
 from torchclust.recipes.prepare import Prepared, cluster_network_
 from torchclust.recipes.schema import ClusterSection, Schedule
@@ -110,7 +111,7 @@ def train_networks(prepared: Prepared, stages: Stages) -> Networks:
         if recipe.finetune is not None and recipe.finetune.epochs:
             compressed, accuracy["clustered"] = training.finetune(compressed, trained)
     if chosen is not None:
-        network, measure = task.network(compressed), choice.measure_of(recipe)
+        network, measure = task.network(compressed), measure_of(recipe)
         chosen = chosen.measured(encoded_bytes(network, measure, chosen.allocation))
     modules = {"trained": trained, "control": control, "compressed": compressed}
     return Networks(task, modules, accuracy, chosen)
@@ -182,7 +183,7 @@ class Training:
         assert section is not None
         depends = self._sections("prune")
         depends["cluster"] = section.with_rules({}).model_dump(mode="json", exclude_none=True)
-        depends["measure"] = choice.measure_of(self.recipe).__name__
+        depends["measure"] = [measure_of(self.recipe).__name__, *codebooks_of(self.recipe)]
         depends["labels"] = self.recipe.finetune is None or self.recipe.finetune.labels
 
         def compute() -> Result:

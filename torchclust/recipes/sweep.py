@@ -26,10 +26,16 @@ _COLUMNS = {
     "int8 zip, bytes": ("bytes", "int8_tflite_zip"),
     "encoded weights, bytes": ("vela", "encoded_weight_bytes"),
     "flash, bytes": ("vela", "flash_bytes"),
+    "tflite-micro's flash, bytes": ("tflm", "flash_bytes"),
     "cycles": ("vela", "cycles"),
 }
 # On the plot's axis: U65 and U85 keep their weights in DRAM, and Vela need not run.
-_SIZES = ("flash, bytes", "encoded weights, bytes", "int8 zip, bytes")
+_SIZES = (
+    "flash, bytes",
+    "encoded weights, bytes",
+    "tflite-micro's flash, bytes",
+    "int8 zip, bytes",
+)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchclust.export.microcontroller import least_arena
+from torchclust.export.micro_interpreter import least_arena
 from torchclust.export.tflm import tflm
 from torchclust.recipes.kept import Result, Stages, origin
 from torchclust.recipes.prepare import Prepared
