@@ -250,10 +250,11 @@ def _check_truncation(parts: list[_Part]) -> None:
     """Of the slices that share a palette: where no quotient is above 1, nothing reads the flag.
 
     The encoder sets it there too if the largest quotient of all these slices could be 2. How it
-    chooses where values lie past the palette, as without clusters, is not known.
+    chooses where it codes slices in several ways, or values past the palette, is not known.
     """
     last = max((part.palette for part in parts), default=0) - 1
-    if any(part.largest > last for part in parts):
+    past = any(part.largest > last for part in parts)
+    if past or len({part.header.divisor for part in parts}) > 1:
         return
     for part in parts:
         divisor, truncated = part.header.divisor, part.header.truncated
