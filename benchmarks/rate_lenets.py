@@ -3,6 +3,8 @@
     python benchmarks/rate_lenets.py lenet_300_100 --mnist FOLDER --rates 0 0.3 --seeds 0 1 2
     python benchmarks/rate_lenets.py lenet_5 --mnist FOLDER --rates 0 0.3 --shift 1
 
+    python benchmarks/rate_lenets.py --table
+
 FOLDER holds the four IDX files, gzipped. 5,000 of the training images are left out to choose on
 (`val_error`); the 10,000 test images are only reported. Every run is a line of
 benchmarks/results/rate_lenets.jsonl, beside a control of rate 0 that is not clustered and has equal
@@ -15,6 +17,7 @@ import argparse
 import gzip
 import json
 import math
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -169,8 +172,30 @@ def run(
     }
 
 
+def print_table() -> None:
+    """What has been measured: means over the seeds, beside controls of equal training."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["network"], row["shift"], sum(row["epochs"]), row["rate"])
+        groups.setdefault(key, {})[row["seed"]] = row
+    print("| network | images moved | epochs | rate | seeds | test error | smaller | bytes |")
+    print("|---|---|---:|---:|---:|---|---|---|")
+    for (network, shift, epochs, rate), by_seed in sorted(groups.items()):
+        runs = [by_seed[seed] for seed in sorted(by_seed)]
+        tests = ", ".join(f"{run['test_error']:.2f}" for run in runs)
+        sizes = ", ".join(f"{run['bytes']:,}" for run in runs)
+        smaller = ", ".join(f"{run['ratio']:.0f}x" for run in runs) if rate else "control"
+        moved = f"{shift} pixel" if shift else "no"
+        print(f"| {network} | {moved} | {epochs} | {rate:g} | {len(runs)} | {tests} % | ", end="")
+        print(f"{smaller} | {sizes} |")
+
+
 def main() -> None:
     """Run what the command line names."""
+    if sys.argv[1:] == ["--table"]:
+        print_table()
+        return
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("network", choices=NETWORKS)
     parser.add_argument("--mnist", type=Path, required=True)
