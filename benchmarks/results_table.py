@@ -95,15 +95,21 @@ def kb(before: float, after: float) -> str:
 
 MOBILE = "Fashion-MNIST, a quarter wide; sizes of the full network, resampled weights"
 TFMOT = "TFMOT, "
+WHOLE_MNIST = "MNIST, 55,000 images, moved by up to a pixel, and 10,000 for the test"
 
 # Sources: the seed article (MNIST, TensorFlow); TFMOT's table of results in its clustering guide,
 # sizes of zipped float .tflite files; TFMOT 0.8.1 measured on the seed article's network; Arm's
-# clustering study for the Ethos-U55; Deep Compression, Table 1.
+# clustering study for the Ethos-U55; Deep Compression, Table 1; D. Oktay, J. Balle, S. Singh and
+# A. Shrivastava, "Scalable model compression by entropy penalized reparameterization", ICLR 2020.
 ROWS = (
     Row("MLPerf Tiny keyword spotting, k=16, no labels", ("reference weights, 92 %", ""),
         "mlperf_kws", "Speech Commands, 1,908 test clips", size="vela"),
     Row("MLPerf Tiny visual wake words, k=16, no labels", ("reference weights, 86 %", ""),
         "mlperf_vww", "COCO, 118 validation images", size="vela"),
+    Row("LeNet-300-100, at a price of bits", ("Oktay et al. 2020, MNIST, 98.1", "124x, coded"),
+        "priced lenet_300_100", WHOLE_MNIST, size="packed"),
+    Row("LeNet-5, at a price of bits", ("Oktay et al. 2020, MNIST, 99.0", "606x, coded"),
+        "priced lenet_5", WHOLE_MNIST, size="packed"),
     Row("seed CNN, k=14", ("seed article, MNIST 99.20 → 99.19", kb(1_602_422, 196_180)),
         "seed_article", "5,000 of MNIST"),
     Row("ConvNet, k=32", (TFMOT + "MNIST 99.40 → 98.78", kb(570_000, 90_000)),
@@ -158,11 +164,35 @@ HEAD = ("network, clusters", "published: accuracy, %", "published: size", "our d
 
 def reports(name: str) -> list[Report]:
     """The committed results of a run, one for each seed."""
+    if name.startswith("priced "):
+        return priced(name.removeprefix("priced "))
     files = sorted(RESULTS.glob(f"{name}.[0-9]*.json"))
     collected = RESULTS / "deep_compression.json"
     if files or not collected.exists():
         return [json.loads(file.read_text()) for file in files]
     return [found for found in json.loads(collected.read_text()) if found["run"] == name]
+
+
+def priced(network: str) -> list[Report]:
+    """What benchmarks/rate_lenets.py measured with moved images, as reports, by seed."""
+    lines = (RESULTS / "rate_lenets.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["network"] == network and row["shift"]]
+    controls = {(row["seed"], *row["epochs"]): row for row in rows if not row["rate"]}
+    found = {}
+    for row in rows:
+        control = controls.get((row["seed"], *row["epochs"]))
+        if row["rate"] and control is not None:
+            found[row["seed"]] = {
+                "accuracy": {
+                    "control": 100 - control["test_error"],
+                    "clustered": 100 - row["test_error"],
+                    **dict.fromkeys(("baseline_int8", "int8")),
+                },
+                "dense_bytes": round(row["bytes"] * row["ratio"]),
+                "bytes": {"packed": row["bytes"]},
+                "vela": dict.fromkeys(("baseline_encoded_weight_bytes", "encoded_weight_bytes")),
+            }
+    return [found[seed] for seed in sorted(found)]
 
 
 def average(found: Sequence[Report], section: str, key: str) -> float | None:
