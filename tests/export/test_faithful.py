@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torchclust import cluster_
-from torchclust.export import ExportError, to_tflite
+from torchclust.export import ExportError, backends, to_tflite
 from torchclust.export.rewrites import rules
 from torchclust.export.rewrites.traced import Substitute, Traced
 
@@ -83,12 +83,24 @@ def test_an_operator_without_int8_form_is_named(tmp_path: Path) -> None:
         to_tflite(model, X, tmp_path / "a", calibration=[X])
 
 
-def test_the_converters_error_names_the_layer(tmp_path: Path) -> None:
-    grouped = nn.ConvTranspose2d(4, 4, 3, 2, dilation=2, groups=2)
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU(), grouped))
+def test_the_converters_error_names_the_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the shape that it shows, of the one convolution that has it."""
+    said = (
+        "Failed to run converter passes: /usr/lib/site-packages/torch/nn/modules/conv.py:1198:0: "
+        "error: failed to legalize operation 'mhlo.convolution': %72 = \"mhlo.convolution\"(%66) : "
+        "(tensor<1x8x8x2xf32>, tensor<2x3x3x2xf32>) -> tensor<1x17x17x4xf32>\n"
+    )
+
+    def fails(*_: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(backends.litert_torch(), "convert", fails)
+    deep = nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(4, 4, 3, 2))
     match = r"cannot convert Sequential, module '1.1': .*: error: failed to legalize"
     with pytest.raises(ExportError, match=match) as info:
-        to_tflite(model, X, tmp_path / "a", calibration=[X])
+        to_tflite(nn.Sequential(nn.Conv2d(3, 4, 1), deep), X, tmp_path / "a", calibration=[X])
     assert "site-packages" not in str(info.value)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -283,7 +284,8 @@ def _layouts(trained: Trained, shape: tuple[int, ...]) -> Iterator[tuple[Array, 
     """Weight, codes and groups as (channels, n) matrices of ``shape``, in every layout it fits.
 
     Convolutions go to (O, spatial, I), transposed ones from (I, O, spatial) with the kernel as it
-    is or turned over; a grouped convolution may be cut into blocks of output channels.
+    is or turned over; a grouped convolution may be cut into blocks of output channels, a transposed
+    one into blocks of input channels.
     """
     rank = trained.weight.ndim
     orders = [(0, *range(2, rank), 1), (1, *range(2, rank), 0)]
@@ -294,17 +296,25 @@ def _layouts(trained: Trained, shape: tuple[int, ...]) -> Iterator[tuple[Array, 
         weight = trained.weight.transpose(order)[flip]
         codes = trained.codes.transpose(order)[flip]
         per_row = order[0] == trained.channel_axis
-        rows = len(weight)
-        if rows % shape[0] or weight.size != rows // shape[0] * shape[0] * shape[1]:
-            continue
-        groups = trained.groups if per_row else np.zeros(rows, np.int64)
-        for first in range(0, rows, shape[0]):
-            block = slice(first, first + shape[0])
-            yield (
-                weight[block].reshape(shape),
-                codes[block].reshape(shape),
-                groups[block],
-            )
+        groups = trained.groups if per_row else np.zeros(len(weight), np.int64)
+        for rows, columns in _blocks(weight.shape, shape, trained.channel_axis > 0):
+            block = rows, ..., columns
+            yield weight[block].reshape(shape), codes[block].reshape(shape), groups[rows]
+
+
+def _blocks(
+    whole: tuple[int, ...], shape: tuple[int, ...], by_column: bool
+) -> Iterator[tuple[slice, slice]]:
+    """Rows and last columns of the equal blocks that a weight is cut into; itself where it fits."""
+    count, rest = divmod(math.prod(whole), math.prod(shape))
+    if rest or count == 0:
+        return
+    for number in range(count):
+        if whole[0] == count * shape[0]:
+            yield slice(number * shape[0], (number + 1) * shape[0]), slice(None)
+        elif by_column and whole[0] == shape[0] and whole[-1] % count == 0:
+            width = whole[-1] // count
+            yield slice(None), slice(number * width, (number + 1) * width)
 
 
 def _row_factors(matrix: Array, weight: Array) -> Array | None:

@@ -25,6 +25,7 @@ from torchclust.data_aware.layers import Layer
 from torchclust.model.clustering import check_distinct, named_clusterings
 from torchclust.model.larger import warn_if_larger
 from torchclust.model.places import clustered_places, clustered_weight
+from torchclust.model.pretrained import warn_of_plain_names
 from torchclust.model.rules import Rules
 from torchclust.model.slots import Slot, chosen_slots, clustered_slots, slots_of
 from torchclust.model.surgery import attach, detach, make_for, make_plain
@@ -95,6 +96,7 @@ def cluster_(
             f"them into their module first:  model.load_state_dict(state_dict)"
         )
     chosen = chosen_slots(model, rules, options, strict)
+    warn_of_plain_names(model, (slot for slot, _ in chosen))
     weights = _checked_importance(importance or {}, [slot for slot, _ in chosen])
 
     def fit(task: tuple[Slot, ClusterConfig]) -> ClusteredWeight:
