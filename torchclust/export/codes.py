@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from torchclust.export.weight_layouts import weight_layouts
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -161,10 +162,13 @@ def match(matrix: Array, trained: Trained) -> Matched | None:
     Every row must be one number times the parameter's row, in one of the layouts that converters
     use. Returns None where it is not.
     """
-    for weight, codes, groups in _layouts(trained, matrix.shape):
-        factors = _row_factors(matrix, weight)
+    for layout in weight_layouts(trained.weight.shape, matrix.shape, trained.channel_axis):
+        factors = _row_factors(matrix, layout.of(trained.weight, matrix.shape))
         if factors is None:
             continue
+        codes = layout.of(trained.codes, matrix.shape)
+        per_row = layout.order[0] == trained.channel_axis
+        groups = trained.groups[layout.rows] if per_row else np.zeros(len(matrix), np.int64)
         mirrored = np.where(factors[:, None] < 0, -codes, codes)
         wide = mirrored.astype(np.float64)
         norm = np.einsum("ij,ij->i", wide, wide)
@@ -278,43 +282,6 @@ def _refined(order: Sequence[int], factors: dict[int, int]) -> dict[int, int]:
 def _symmetric_size(codes: Array) -> int:
     magnitudes = np.unique(np.abs(codes.astype(np.int64)))
     return 2 * int((magnitudes > 0).sum()) + 1
-
-
-def _layouts(trained: Trained, shape: tuple[int, ...]) -> Iterator[tuple[Array, Array, Array]]:
-    """Weight, codes and groups as (channels, n) matrices of ``shape``, in every layout it fits.
-
-    Convolutions go to (O, spatial, I), transposed ones from (I, O, spatial) with the kernel as it
-    is or turned over; a grouped convolution may be cut into blocks of output channels, a transposed
-    one into blocks of input channels.
-    """
-    rank = trained.weight.ndim
-    orders = [(0, *range(2, rank), 1), (1, *range(2, rank), 0)]
-    flips: list[tuple[slice, ...]] = [()]
-    if rank > 2:
-        flips.append((slice(None), *[slice(None, None, -1)] * (rank - 2)))
-    for order, flip in itertools.product(orders, flips):
-        weight = trained.weight.transpose(order)[flip]
-        codes = trained.codes.transpose(order)[flip]
-        per_row = order[0] == trained.channel_axis
-        groups = trained.groups if per_row else np.zeros(len(weight), np.int64)
-        for rows, columns in _blocks(weight.shape, shape, trained.channel_axis > 0):
-            block = rows, ..., columns
-            yield weight[block].reshape(shape), codes[block].reshape(shape), groups[rows]
-
-
-def _blocks(
-    whole: tuple[int, ...], shape: tuple[int, ...], by_column: bool
-) -> Iterator[tuple[slice, slice]]:
-    """Rows and last columns of the equal blocks that a weight is cut into; itself where it fits."""
-    count, rest = divmod(math.prod(whole), math.prod(shape))
-    if rest or count == 0:
-        return
-    for number in range(count):
-        if whole[0] == count * shape[0]:
-            yield slice(number * shape[0], (number + 1) * shape[0]), slice(None)
-        elif by_column and whole[0] == shape[0] and whole[-1] % count == 0:
-            width = whole[-1] // count
-            yield slice(None), slice(number * width, (number + 1) * width)
 
 
 def _row_factors(matrix: Array, weight: Array) -> Array | None:

@@ -30,7 +30,7 @@ from torchclust.export.faithful import check_float, check_layers, check_operator
 from torchclust.export.graph import Graph, Weight, read_graph
 from torchclust.export.inspect import Port, count_operators, float_operators, port
 from torchclust.export.learned import find_learned
-from torchclust.export.micro_agreement import micro_difference
+from torchclust.export.micro_agreement import MicroAgreement, compare_micro
 from torchclust.export.names import with_names
 from torchclust.export.noise import warn_if_noisy
 from torchclust.export.pointwise import convolutions_for_linears
@@ -74,6 +74,8 @@ class TFLiteExport:
         micro_difference: the largest difference in codes between tflite-micro's and these kernels'
             answers, over every operator on one sample: 0 means equal to the bit. None if the
             package is not installed or cannot run the file.
+        micro_differs: the operators that answer equal inputs otherwise there, and by how many
+            codes: a MUL's product may be rounded in two steps instead of one.
         calibration_samples: how many inputs the activation ranges were observed on.
         calibrated: names of the tensors whose range was so observed although the model learned
             ranges (`torchclust.activations`): what the converter computes in other steps than
@@ -93,6 +95,7 @@ class TFLiteExport:
     top1_agreement: builtins.float | None
     compared_samples: int
     micro_difference: int | None
+    micro_differs: dict[str, int]
     calibration_samples: int
     calibrated: tuple[str, ...] | None
     operators: dict[str, int]
@@ -190,7 +193,7 @@ def to_tflite(
     write_whole(Path(path), content)
     missed = None if learned is None else learned.missed
     sample = prepared.to_file_layout(first)
-    micro = None if float else micro_difference(bytes(content), graph, sample)
+    micro = None if float else compare_micro(bytes(content), graph, sample)
     counts = len(content), inputs.count
     return _result(Path(path), counts, prepared, graph, rows, agreement, missed, micro)
 
@@ -258,7 +261,7 @@ def _result(
     rows: tuple[TensorRow, ...],
     agreement: Agreement,
     calibrated: tuple[str, ...] | None,
-    micro: int | None,
+    micro: MicroAgreement | None,
 ) -> TFLiteExport:
     return TFLiteExport(
         path=path,
@@ -267,7 +270,8 @@ def _result(
         sqnr_db=agreement.sqnr_db,
         top1_agreement=agreement.top1,
         compared_samples=agreement.samples,
-        micro_difference=micro,
+        micro_difference=None if micro is None else micro.difference,
+        micro_differs={} if micro is None else micro.operators,
         calibration_samples=counts[1],
         calibrated=calibrated,
         operators=count_operators(graph),
