@@ -322,6 +322,9 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
     text += ["", f"{len(rows) - len(failed)} of {len(rows)} networks export."]
     if failed:
         text += ["", "## What does not", "", *(f"- `{r['name']}`: {_failure(r)}" for r in failed)]
+    missing = ", ".join(f"`{name}`" for name in pending(rows, []))
+    if missing:
+        text += ["", "## Not measured yet", "", f"{missing}."]
     return "\n".join(text) + "\n"
 
 
