@@ -186,7 +186,9 @@ def test_operators_that_tflite_micro_rounds_otherwise_are_named(
         def GetTensor(self, index: int, _: int) -> dict[str, Any]:
             return {"tensor_data": self.litert.tensor(index) + (index in self.late)}
 
-    monkeypatch.setattr(micro_agreement, "_answered", lambda _, graph, litert: Otherwise(graph, litert))
+    monkeypatch.setattr(
+        micro_agreement, "_answered", lambda _, graph, litert: Otherwise(graph, litert)
+    )
     result = to_tflite(Gated(), X, tmp_path / "a", calibration=[X * 2])
     assert result.micro_difference == 1
     assert result.micro_differs == {"MUL": 1}
