@@ -30,7 +30,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/networks.json"
 PAGE = ROOT / "docs/networks.md"
-LIMIT_S = 900
+LIMIT_S = 3600
 SAMPLES = 16  # of which two are held out of calibration
 ACCELERATORS = {"u55": "ethos-u55-128", "u85": "ethos-u85-256"}
 
@@ -96,6 +96,25 @@ TORCHVISION = {
     "swin_s": 64,
     "swin_v2_s": 64,
     "vit_b_32": 64,
+    "efficientnet_b5": 64,
+    "efficientnet_b6": 64,
+    "efficientnet_b7": 64,
+    "efficientnet_v2_m": 64,
+    "efficientnet_v2_l": 64,
+    "convnext_base": 64,
+    "convnext_large": 64,
+    "swin_b": 64,
+    "swin_v2_b": 64,
+    "regnet_x_8gf": 64,
+    "regnet_y_8gf": 64,
+    "regnet_x_16gf": 64,
+    "regnet_y_16gf": 64,
+    "regnet_x_32gf": 64,
+    "regnet_y_32gf": 64,
+    "vit_l_16": 64,
+    "vit_l_32": 64,
+    "vit_h_14": 56,
+    "regnet_y_128gf": 64,
 }
 TIMM = {
     "test_byobnet": 64,
@@ -238,14 +257,14 @@ def measure(name: str) -> dict[str, Any]:
     }
     from torchclust import cluster_
 
-    row["plain"] = export(model, x)
+    row["plain"] = export(model, x, ("u55",))
     cluster_(model, 16, codebook_dtype="int8", strict=False)
-    row["clustered"] = export(model, x)
+    row["clustered"] = export(model, x, tuple(ACCELERATORS))
     row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return row
 
 
-def export(model: nn.Module, x: Tensor) -> dict[str, Any]:
+def export(model: nn.Module, x: Tensor, compiled_for: tuple[str, ...]) -> dict[str, Any]:
     from torchclust.export import to_tflite, vela
 
     start = time.perf_counter()
@@ -260,11 +279,12 @@ def export(model: nn.Module, x: Tensor) -> dict[str, Any]:
             "sqnr_db": result.sqnr_db and round(result.sqnr_db, 1),
             "codes": max((t.int8_codes or 0 for t in result.tensors), default=0),
             "micro_difference": result.micro_difference,
+            "micro_differs": sorted(result.micro_differs),
             "transposes": result.operators.get("TRANSPOSE", 0),
         }
-        for short, accelerator in ACCELERATORS.items():
+        for short in compiled_for:
             try:
-                report = vela(result.path, accelerator=accelerator, output_dir=folder)
+                report = vela(result.path, accelerator=ACCELERATORS[short], output_dir=folder)
             except Exception as error:
                 found[short] = {"error": str(error).splitlines()[-1].strip()}
                 continue
@@ -302,6 +322,9 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
     text += ["", f"{len(rows) - len(failed)} of {len(rows)} networks export."]
     if failed:
         text += ["", "## What does not", "", *(f"- `{r['name']}`: {_failure(r)}" for r in failed)]
+    missing = ", ".join(f"`{name}`" for name in pending(rows, []))
+    if missing:
+        text += ["", "## Not measured yet", "", f"{missing}."]
     return "\n".join(text) + "\n"
 
 
@@ -322,7 +345,7 @@ def _line(row: dict[str, Any]) -> str:
         f"{clustered['codes']}",
         *(_cpu(clustered[short]) for short in ACCELERATORS),
         _ratio(plain["u55"], clustered["u55"]),
-        _micro(clustered["micro_difference"]),
+        _micro(clustered),
         f"{clustered['seconds']}",
         f"{row['peak_mib']:,}",
     ]
@@ -341,8 +364,11 @@ def _ratio(plain: dict[str, Any], clustered: dict[str, Any]) -> str:
     return f"{clustered['weight_bytes'] / plain['weight_bytes']:.2f}x"
 
 
-def _micro(difference: int | None) -> str:
-    return "" if difference is None else "equal" if difference == 0 else f"{difference}"
+def _micro(found: dict[str, Any]) -> str:
+    difference, operators = found["micro_difference"], found.get("micro_differs", [])
+    if not difference:
+        return "" if difference is None else "equal"
+    return f"{difference}" + (f" ({', '.join(operators)})" if operators else "")
 
 
 def pending(rows: dict[str, dict[str, Any]], asked: list[str]) -> Iterator[str]:

@@ -102,6 +102,7 @@ BEYOND_PARAMETERS = {
     ("distill_", "checkpoint"): "a file that an interrupted run goes on from",
     ("distill_", "seed"): "of the order of the batches",
     ("to_tflite", "ranges"): "how activation ranges are measured, min-max by default",
+    ("to_tflite", "input_dtype"): "uint8 where a camera fills the input",
     ("board_kit", "inputs"): "for the test vectors, else random",
     ("board_kit", "labels"): "of the classes",
     ("board_kit", "accelerator"): "compiles for an Ethos-U first",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 from torchclust import cluster_
-from torchclust.export import ExportError, to_tflite
+from torchclust.export import ExportError, backends, micro_agreement, to_tflite
+from torchclust.export.graph import Graph
 from torchclust.export.rewrites import rules
 from torchclust.export.rewrites.traced import Substitute, Traced
+from torchclust.export.runner import Runner
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -83,12 +86,24 @@ def test_an_operator_without_int8_form_is_named(tmp_path: Path) -> None:
         to_tflite(model, X, tmp_path / "a", calibration=[X])
 
 
-def test_the_converters_error_names_the_layer(tmp_path: Path) -> None:
-    grouped = nn.ConvTranspose2d(4, 4, 3, 2, dilation=2, groups=2)
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU(), grouped))
+def test_the_converters_error_names_the_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the shape that it shows, of the one convolution that has it."""
+    said = (
+        "Failed to run converter passes: /usr/lib/site-packages/torch/nn/modules/conv.py:1198:0: "
+        "error: failed to legalize operation 'mhlo.convolution': %72 = \"mhlo.convolution\"(%66) : "
+        "(tensor<1x8x8x2xf32>, tensor<2x3x3x2xf32>) -> tensor<1x17x17x4xf32>\n"
+    )
+
+    def fails(*_: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(backends.litert_torch(), "convert", fails)
+    deep = nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(4, 4, 3, 2))
     match = r"cannot convert Sequential, module '1.1': .*: error: failed to legalize"
     with pytest.raises(ExportError, match=match) as info:
-        to_tflite(model, X, tmp_path / "a", calibration=[X])
+        to_tflite(nn.Sequential(nn.Conv2d(3, 4, 1), deep), X, tmp_path / "a", calibration=[X])
     assert "site-packages" not in str(info.value)
 
 
@@ -146,3 +161,34 @@ def test_tables_that_tflite_micro_misreads_warn(tmp_path: Path) -> None:
         result = to_tflite(model, words, tmp_path / "a", calibration=[words])
     assert result.micro_difference is not None
     assert result.micro_difference > 2
+
+
+def test_operators_that_tflite_micro_rounds_otherwise_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a MUL is in one value of some thousands; what follows it differs too, and is not named."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(x * x)
+
+    class Otherwise:
+        def __init__(self, graph: Graph, litert: Runner) -> None:
+            made = {o.outputs[0]: o.name for o in graph.operators}
+            late = [i for i, name in made.items() if name == "MUL" or i == graph.outputs[0].index]
+            self.late, self.litert = late, litert
+
+        def GetTensor(self, index: int, _: int) -> dict[str, Any]:
+            return {"tensor_data": self.litert.tensor(index) + (index in self.late)}
+
+    monkeypatch.setattr(
+        micro_agreement, "_answered", lambda _, graph, litert: Otherwise(graph, litert)
+    )
+    result = to_tflite(Gated(), X, tmp_path / "a", calibration=[X * 2])
+    assert result.micro_difference == 1
+    assert result.micro_differs == {"MUL": 1}

@@ -6,7 +6,7 @@ from draws import draw
 from numpy.typing import NDArray
 
 from torchclust import fit_codebook
-from torchclust.fitting.partition import _EXACT
+from torchclust.fitting.partition import EXACT
 
 ROWS = 256  # ends at a time: the whole table of runs would take a gigabyte
 
@@ -45,7 +45,7 @@ def test_is_within_a_ten_thousandth_of_every_partition(kind: str, weighted: bool
     least = np.zeros(2)
     for sign in (-1, 1):
         side, of_side = values[values * sign > 0] * sign, weights[values * sign > 0]
-        assert len(np.unique(side)) > _EXACT
+        assert len(np.unique(side)) > EXACT
         order = np.argsort(side)
         least += least_errors_beside_zero(side[order], of_side[order], len(least))
     for k, error in zip((3, 5), least, strict=True):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from torchclust import cluster_, named_clusterings
+from torchclust import cluster_, named_clusterings, strip_
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")  # torch 2.13
 
@@ -210,3 +212,73 @@ def test_a_class_name_of_vectors() -> None:
     with pytest.raises(ValueError, match="rule 'LayerNorm' reaches tensors of one dimension only"):
         cluster_(model, {"LayerNorm": 4})
     assert names(cluster_(model, {"1.weight": 4, "LayerNorm": None})) == []
+
+
+class Pretrained(nn.Module):
+    """As a model of Hugging Face: it saves itself, and ties its weights by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(40, 16), nn.Linear(16, 40, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        self.head.weight = self.table.weight
+
+    def save_pretrained(self, folder: str) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_tied_weights_that_a_model_seeks_by_name(whole: bool) -> None:
+    model = Pretrained() if whole else nn.Sequential(Pretrained(), nn.Linear(16, 16))
+    match = r"'(0\.)?table.weight' is tied to '(0\.)?head.weight', and save_pretrained\(\) and tie"
+    with pytest.warns(UserWarning, match=match):
+        cluster_(model)
+    strip_(model)
+    inner = model if whole else model[0]  # type: ignore[index]
+    assert inner.table.weight is inner.head.weight
+
+
+def test_tied_weights_of_other_models_are_none_of_its_business() -> None:
+    model = nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 40, bias=False))
+    model[1].weight = model[0].weight
+    cluster_(model)
+    untied = Pretrained()
+    untied.head.weight = nn.Parameter(untied.table.weight.detach().clone())
+    assert names(cluster_(untied)) == ["table.weight", "head.weight"]
+
+
+PRUNINGS: dict[str, Callable[[nn.Module], Any]] = {
+    "unstructured": lambda m: prune.l1_unstructured(m[1], "weight", 0.5),  # type: ignore[index]
+    "structured": lambda m: prune.ln_structured(m[1], "weight", 0.5, 2, 0),  # type: ignore[index]
+    "global": lambda m: prune.global_unstructured(
+        [(m[1], "weight"), (m[0], "weight")],  # type: ignore[index]
+        prune.L1Unstructured,
+        amount=0.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("how", PRUNINGS)
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_clustered_layer_cannot_be_pruned(how: str, copied: bool) -> None:
+    model = cluster_(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), 8)
+    model = copy.deepcopy(model) if copied else model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    match = r"'weight' of this Linear is clustered, and cannot be pruned any more: prune first, th"
+    with pytest.raises(ValueError, match=match):
+        PRUNINGS[how](model)
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    strip_(model)
+    PRUNINGS[how](model)  # now it is an ordinary layer
+    assert bool((model[1].weight == 0).any())
+
+
+def test_other_tensors_of_a_clustered_layer_can_be_pruned() -> None:
+    model = cluster_(nn.Linear(32, 32), 8)
+    prune.l1_unstructured(model, "bias", 0.5)
+    assert int((model.bias == 0).sum()) == 16
+    assert names(model) == ["weight"]

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from torchclust import cluster_, named_clusterings, strip_
@@ -118,3 +120,14 @@ def test_a_low_rank_adapter_on_top() -> None:
     clustered[0].parametrizations.weight[1].a.data.normal_()
     with pytest.raises(ValueError, match="distinct values, more than n_clusters=16"):
         strip_(clustered)
+
+
+def test_an_average_of_a_network_with_spectral_norm() -> None:
+    """Its vectors would lose their length, were they still there."""
+    layers = nn.Sequential(spectral_norm(nn.Linear(32, 32)), nn.Linear(32, 32))
+    clustered = cluster_(layers, 16)
+    assert [name for name, _ in clustered.named_buffers() if name.endswith(("_u", "_v"))] == []
+    average = AveragedModel(clustered, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(clustered)
+    assert torch.equal(average(inputs()), clustered(inputs()))

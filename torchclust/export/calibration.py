@@ -253,7 +253,13 @@ def _like(value: Any, reference: Tensor, where: str) -> Tensor:
     """A calibration input as a CPU tensor of the reference's dtype and rank, batch first."""
     if not isinstance(value, (Tensor, np.ndarray)):
         raise TypeError(f"{where}: expected a tensor or an array, got {type(value).__name__}")
-    x = torch.as_tensor(value).detach().to("cpu", reference.dtype)
+    given = torch.as_tensor(value).detach()
+    if given.is_floating_point() and not reference.is_floating_point():
+        raise TypeError(
+            f"{where} holds {given.dtype}, the example input {reference.dtype}; calibrate on what "
+            f"the model takes"
+        )
+    x = given.to("cpu", reference.dtype)
     if x.ndim == reference.ndim - 1:
         x = x.unsqueeze(0)
     if x.ndim != reference.ndim or x.shape[1:] != reference.shape[1:]:

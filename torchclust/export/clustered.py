@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from torchclust.export.backends import ExportError
@@ -23,6 +24,7 @@ from torchclust.export.codes import (
     recover,
 )
 from torchclust.export.layout import Prepared
+from torchclust.export.rewrites.transposed import spread
 from torchclust.model.clustering import Clustering, named_clusterings
 
 _TRIFLE = 1e-5  # of the largest row: below a hundredth of a step of the output that they share
@@ -63,7 +65,8 @@ def trained_codes(model: nn.Module, prepared: Prepared) -> list[Trained]:
     ]
     if not found:
         found = [recover(name, p.numpy(), axes[name]) for name, p in plain.items() if p.ndim > 1]
-    return [_with_columns(t, prepared.columns.get(t.name)) for t in found if t is not None]
+    known = [_spread(t, prepared.dilations.get(t.name)) for t in found if t is not None]
+    return [_with_columns(t, prepared.columns.get(t.name)) for t in known]
 
 
 def find_clustered(
@@ -142,6 +145,17 @@ def _with_columns(trained: Trained, columns: Tensor | None) -> Trained:
     return dataclasses.replace(
         trained, weight=trained.weight[:, order], codes=trained.codes[:, order]
     )
+
+
+def _spread(trained: Trained, dilation: tuple[int, ...] | None) -> Trained:
+    """A kernel whose dilation is written out; where 0 was no code of its own, it is one now."""
+    if dilation is None:
+        return trained
+    weight, codes = (
+        spread(torch.from_numpy(a), dilation).numpy() for a in (trained.weight, trained.codes)
+    )
+    count = trained.n_clusters + int((trained.codes != 0).all())
+    return dataclasses.replace(trained, weight=weight, codes=codes, n_clusters=count)
 
 
 def _is_placed(found: Sequence[Placed[WeightT]], trained: Trained) -> bool:

@@ -15,12 +15,14 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from torchclust.export.weight_layouts import weight_layouts
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -160,10 +162,13 @@ def match(matrix: Array, trained: Trained) -> Matched | None:
     Every row must be one number times the parameter's row, in one of the layouts that converters
     use. Returns None where it is not.
     """
-    for weight, codes, groups in _layouts(trained, matrix.shape):
-        factors = _row_factors(matrix, weight)
+    for layout in weight_layouts(trained.weight.shape, matrix.shape, trained.channel_axis):
+        factors = _row_factors(matrix, layout.of(trained.weight, matrix.shape))
         if factors is None:
             continue
+        codes = layout.of(trained.codes, matrix.shape)
+        per_row = layout.order[0] == trained.channel_axis
+        groups = trained.groups[layout.rows] if per_row else np.zeros(len(matrix), np.int64)
         mirrored = np.where(factors[:, None] < 0, -codes, codes)
         wide = mirrored.astype(np.float64)
         norm = np.einsum("ij,ij->i", wide, wide)
@@ -277,34 +282,6 @@ def _refined(order: Sequence[int], factors: dict[int, int]) -> dict[int, int]:
 def _symmetric_size(codes: Array) -> int:
     magnitudes = np.unique(np.abs(codes.astype(np.int64)))
     return 2 * int((magnitudes > 0).sum()) + 1
-
-
-def _layouts(trained: Trained, shape: tuple[int, ...]) -> Iterator[tuple[Array, Array, Array]]:
-    """Weight, codes and groups as (channels, n) matrices of ``shape``, in every layout it fits.
-
-    Convolutions go to (O, spatial, I), transposed ones from (I, O, spatial) with the kernel as it
-    is or turned over; a grouped convolution may be cut into blocks of output channels.
-    """
-    rank = trained.weight.ndim
-    orders = [(0, *range(2, rank), 1), (1, *range(2, rank), 0)]
-    flips: list[tuple[slice, ...]] = [()]
-    if rank > 2:
-        flips.append((slice(None), *[slice(None, None, -1)] * (rank - 2)))
-    for order, flip in itertools.product(orders, flips):
-        weight = trained.weight.transpose(order)[flip]
-        codes = trained.codes.transpose(order)[flip]
-        per_row = order[0] == trained.channel_axis
-        rows = len(weight)
-        if rows % shape[0] or weight.size != rows // shape[0] * shape[0] * shape[1]:
-            continue
-        groups = trained.groups if per_row else np.zeros(rows, np.int64)
-        for first in range(0, rows, shape[0]):
-            block = slice(first, first + shape[0])
-            yield (
-                weight[block].reshape(shape),
-                codes[block].reshape(shape),
-                groups[block],
-            )
 
 
 def _row_factors(matrix: Array, weight: Array) -> Array | None:

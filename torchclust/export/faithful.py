@@ -23,6 +23,23 @@ from torchclust.export.verify import sqnr
 _LEAST_DB = 50.0
 _TOLERANCE = 1e-3  # of a tensor's largest magnitude, by which torch and the file may differ
 _PARTS = 64  # of a tensor, whose sorted values are compared
+_OVER_FRAMES = ("conv3d", "conv_transpose3d", "max_pool3d")
+
+
+def check_layers(prepared: Prepared) -> None:
+    """Refuse what the converter fails on or the quantizer leaves in float: layers over frames.
+
+    Raises:
+        ExportError: names the module and what to write in its place.
+    """
+    for node in prepared.module.traced.nodes:
+        name = operator(node)
+        if name in _OVER_FRAMES:
+            raise ExportError(
+                f"{_module_path(node) or 'the model'!r} calls {name!r}, which has no int8 form: "
+                f"kernels have two dimensions. Over all of its D frames it is a 2-D layer of D * C "
+                f"channels; over a few of them, one 2-D layer for each place"
+            )
 
 
 def check_float(prepared: Prepared, content: bytes, graph: Graph, sample: Sequence[Tensor]) -> None:

@@ -22,6 +22,8 @@ from torchclust.model.cluster import strip_
 
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
+PIXELS = torch.uint8  # of an input that a camera fills; the file has it quantized, scale 1
+
 
 class Deployed(nn.Module):
     """The model behind positional inputs and a flat tuple of outputs, in the file's layout.
@@ -53,42 +55,42 @@ class Deployed(nn.Module):
         wanted = zip(outputs, self.traced.maps_out(), strict=True)
         return tuple(channels_last(y) if self.last and is_map else y for y, is_map in wanted)
 
-    @torch.no_grad()
-    def moved_outputs(self, example: Sequence[Tensor]) -> tuple[bool, ...]:
+    @property
+    def moved_outputs(self) -> tuple[bool, ...]:
         """Per output whether the file's has its channels last."""
-        return tuple(self.last and y.ndim == 4 for y in self(*example))
+        return tuple(self.last and is_map for is_map in self.traced.maps_out())
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """What is converted, and how to compare it with the model that it came from.
 
-    ``module``: to convert. ``example``: its inputs, batch 1, in the file's layout. ``original``:
-    the stripped float32 copy in the user's layout. ``columns``: per parameter name, the order in
-    which its columns stand in the converted module. ``used``: parameters that the graph reads.
-    ``names``: the inputs', and the outputs'.
+    ``module``: to convert. ``arguments``: the example inputs, batch 1, as the model takes them.
+    ``original``: the stripped float32 copy in the user's layout. ``columns``: per parameter name,
+    the order in which its columns stand in the converted module. ``dilations``: per parameter name,
+    by how much its kernel is spread. ``used``: parameters that the graph reads. ``names``: the
+    inputs', and the outputs'.
     """
 
     module: Deployed
-    example: tuple[Tensor, ...]
+    arguments: tuple[Tensor, ...]
     original: nn.Module
     columns: dict[str, Tensor]
+    dilations: dict[str, tuple[int, ...]]
     used: frozenset[str]
     names: tuple[tuple[str, ...], tuple[str, ...]]
 
     @property
-    def arguments(self) -> tuple[Tensor, ...]:
-        """The example inputs, batch 1, in the model's own layout."""
-        return tuple(
-            channels_first(x) if moved else x
-            for x, moved in zip(self.example, self.module.moved, strict=True)
-        )
+    def example(self) -> tuple[Tensor, ...]:
+        """The example inputs in the file's layout."""
+        return self.to_file_layout(self.arguments)
 
     def to_file_layout(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """One sample in the user's layout, as the file's inputs."""
+        """One sample in the user's layout, as the file's inputs; pixels are floats there."""
+        floats = (x.float() if x.dtype == PIXELS else x for x in inputs)
         return tuple(
             channels_last(x) if moved else x
-            for x, moved in zip(inputs, self.module.moved, strict=True)
+            for x, moved in zip(floats, self.module.moved, strict=True)
         )
 
     @torch.no_grad()
@@ -115,9 +117,9 @@ def prepare(model: nn.Module, example: Inputs, *, last: bool, float_file: bool =
     traced = Traced(plain, program, dict(zip(names, moved, strict=True)))
     rewrite(traced, float_file=float_file)
     module = Deployed(traced, keys, moved, last).eval()
-    example_inputs = tuple(channels_last(x) if m else x for x, m in zip(args, moved, strict=True))
     ends = input_names(program), output_names(program)
-    return Prepared(module, example_inputs, plain, traced.columns, _used(program), ends)
+    moves = traced.columns, traced.dilations
+    return Prepared(module, args, plain, *moves, _used(program), ends)
 
 
 def named_inputs(inputs: Inputs) -> tuple[tuple[str, ...] | None, tuple[Tensor, ...]]:
@@ -235,11 +237,12 @@ def _check_outputs(program: torch.export.ExportedProgram) -> None:
 
 
 def _is_map(program: torch.export.ExportedProgram, name: str, x: Tensor) -> bool:
-    """Whether an input is a map whose channels come first: 4-D or more, or read by a 1-D layer."""
-    if x.ndim != 3:
-        return x.ndim > 3
+    """Whether an input is a map whose channels come first: 4-D, or read by a 1-D or 3-D layer."""
+    if x.ndim == 4:
+        return True
     users = [u for node in program.graph.nodes if node.name == name for u in node.users]
-    return any("1d" in operator(u) or "batch_norm" in operator(u) for u in users)
+    kinds = (f"{x.ndim - 2}d", "batch_norm")
+    return x.ndim > 2 and any(kind in operator(u) for u in users for kind in kinds)
 
 
 def _used(program: torch.export.ExportedProgram) -> frozenset[str]:

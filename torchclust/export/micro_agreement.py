@@ -6,6 +6,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,16 +21,30 @@ _ROUNDING = 2  # codes, by which roundings of a few operators may differ
 _PER_TENSOR = 1 << 10
 
 
-def micro_difference(content: bytes, graph: Graph, inputs: Sequence[Tensor]) -> int | None:
-    """The largest difference of an operator's int8 output, in codes, over all operators.
+@dataclass(frozen=True)
+class MicroAgreement:
+    """How tflite-micro's answers compare with LiteRT's.
+
+    Attributes:
+        difference: the largest of an operator's int8 output, in codes, over all operators; 0 where
+            both answer the same to the bit.
+        operators: by name, those that answer equal inputs otherwise, and by how many codes.
+    """
+
+    difference: int
+    operators: dict[str, int]
+
+
+def compare_micro(content: bytes, graph: Graph, inputs: Sequence[Tensor]) -> MicroAgreement | None:
+    """Compare every operator's int8 output on one sample.
 
     Args:
         content, graph: an int8 file and its parsed form.
         inputs: one sample in the file's layout.
 
     Returns:
-        0 where both answer the same to the bit; None where the package ``tflite-micro`` is not
-        installed, or has no kernel for an operator of the file.
+        None where the package ``tflite-micro`` is not installed, or has no kernel for an operator
+        of the file.
 
     Warns:
         UserWarning: they differ by more than rounding, with the operator where it begins.
@@ -41,17 +56,22 @@ def micro_difference(content: bytes, graph: Graph, inputs: Sequence[Tensor]) -> 
     micro = _answered(content, graph, litert)
     if micro is None:
         return None
-    differences = {}
+    differences: dict[int, int] = {}
+    operators: dict[str, int] = {}
     for operator in graph.operators:
+        given = max((differences.get(i, 0) for i in operator.inputs), default=0)
         for index in operator.outputs:
             if graph.tensors[index].dtype == "int8":
                 other = np.asarray(micro.GetTensor(index, 0)["tensor_data"]).astype(np.int64)
                 mine = litert.tensor(index).astype(np.int64)
-                differences[index] = int(np.abs(mine.ravel() - other.ravel()).max(initial=0))
+                found = int(np.abs(mine.ravel() - other.ravel()).max(initial=0))
+                differences[index] = found
+                if found and not given:
+                    operators[operator.name] = max(found, operators.get(operator.name, 0))
     wrong = next((i for i, d in differences.items() if d > _ROUNDING), None)
     if wrong is not None:
         _warn(graph, wrong, differences[wrong])
-    return max(differences.values(), default=0)
+    return MicroAgreement(max(differences.values(), default=0), operators)
 
 
 def _warn(graph: Graph, index: int, difference: int) -> None:

@@ -12,6 +12,7 @@ from torchclust.export.calibration import Range
 from torchclust.export.clustered import Placed
 from torchclust.export.codes import LARGEST, Matched
 from torchclust.export.container import inline_buffers
+from torchclust.export.ends import InputDtype, with_integer_ends
 from torchclust.export.graph import Array, Graph, Operator, Weight
 from torchclust.export.sandwiches import without_sandwiches
 
@@ -28,6 +29,7 @@ def quantize(
     graph: Graph,
     placed: Sequence[Placed[Weight]],
     observed: Mapping[str, Range],
+    input_dtype: InputDtype = "int8",
 ) -> bytes:
     """Quantize a float file: int8 weights per channel, int8 activations, int8 in and out.
 
@@ -37,6 +39,7 @@ def quantize(
         graph: the file, parsed.
         placed: its clustered weights.
         observed: activation ranges by tensor name.
+        input_dtype: what the file takes.
     """
     scales = _set_weights(graph, placed, observed)
     ranges = {
@@ -63,7 +66,8 @@ def quantize(
         raise ExportError(
             f"the quantizer cannot quantize this model: {backends.first_line(error)}"
         ) from error
-    return without_sandwiches(inline_buffers(bytes(result.quantized_model)))
+    inlined = inline_buffers(bytes(result.quantized_model))
+    return without_sandwiches(with_integer_ends(inlined, observed, input_dtype))
 
 
 def _set_weights(

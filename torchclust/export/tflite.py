@@ -25,11 +25,12 @@ from torchclust.export import backends, layout
 from torchclust.export import calibration as calibrating
 from torchclust.export.backends import ExportError
 from torchclust.export.clustered import Placed, find_clustered, trained_codes
-from torchclust.export.faithful import check_float, check_operators, layer_of
+from torchclust.export.ends import INPUT_DTYPES, InputDtype
+from torchclust.export.faithful import check_float, check_layers, check_operators, layer_of
 from torchclust.export.graph import Graph, Weight, read_graph
 from torchclust.export.inspect import Port, count_operators, float_operators, port
 from torchclust.export.learned import find_learned
-from torchclust.export.micro_agreement import micro_difference
+from torchclust.export.micro_agreement import MicroAgreement, compare_micro
 from torchclust.export.names import with_names
 from torchclust.export.noise import warn_if_noisy
 from torchclust.export.pointwise import convolutions_for_linears
@@ -73,6 +74,8 @@ class TFLiteExport:
         micro_difference: the largest difference in codes between tflite-micro's and these kernels'
             answers, over every operator on one sample: 0 means equal to the bit. None if the
             package is not installed or cannot run the file.
+        micro_differs: the operators that answer equal inputs otherwise there, and by how many
+            codes: a MUL's product may be rounded in two steps instead of one.
         calibration_samples: how many inputs the activation ranges were observed on.
         calibrated: names of the tensors whose range was so observed although the model learned
             ranges (`torchclust.activations`): what the converter computes in other steps than
@@ -92,6 +95,7 @@ class TFLiteExport:
     top1_agreement: builtins.float | None
     compared_samples: int
     micro_difference: int | None
+    micro_differs: dict[str, int]
     calibration_samples: int
     calibrated: tuple[str, ...] | None
     operators: dict[str, int]
@@ -110,6 +114,7 @@ def to_tflite(
     channels_last: bool = True,
     float: bool = False,
     ranges: calibrating.Ranges = "minmax",
+    input_dtype: InputDtype = "int8",
 ) -> TFLiteExport:
     """Write a model as a TFLite file: int8 in and out, at most ``n_clusters`` codes per tensor.
 
@@ -119,7 +124,8 @@ def to_tflite(
     Args:
         model: the module to export.
         example_inputs: its inputs, floating or integer: a tensor, a tuple of tensors, or a dict by
-            argument name. The first dimension is the batch; the file's batch is 1.
+            argument name. The first dimension is the batch; the file's batch is 1. A model that
+            takes pixels as uint8 gets an input of scale 1 over 0..255, and no CAST.
         path: where to write; an existing file is replaced, and only by a file that passed.
         calibration: an iterable of inputs like the examples: tensors, tuples, dicts, or a
             DataLoader's batches, labels included; of a tensor, its first dimension are the samples.
@@ -133,6 +139,8 @@ def to_tflite(
             it, ``"percentile"`` leaves out 0.01 % on each side, ``"mse"`` clips where the squared
             error is smallest. Ranges that the model learned itself (`torchclust.activations`) come
             first.
+        input_dtype: ``"uint8"`` for a camera: inputs have the same steps from a zero point that is
+            128 higher, and one QUANTIZE, which the NPU runs, makes int8 of them.
 
     Returns:
         A `TFLiteExport`, measured on the file as written.
@@ -141,15 +149,18 @@ def to_tflite(
         ExportError: the converter cannot take the model, or makes another function of it; a
             clustered tensor would get more than ``n_clusters`` codes; the message names the layer
             and the remedy.
-        ValueError, TypeError: calibration data that is empty, holds NaN, or does not fit.
+        ValueError, TypeError: calibration data that is empty, holds NaN, or does not fit; unknown
+            ``ranges`` or ``input_dtype``.
         ImportError: the export extra is not installed.
 
     Warns:
         UserWarning: the file's outputs are mostly noise, with the layer where they become it; the
             calibration data leave a tensor at zero.
     """
-    _check_arguments(Path(path), calibration, float, ranges)
+    _check_arguments(Path(path), calibration, float, ranges, input_dtype)
     prepared = layout.prepare(model, example_inputs, last=channels_last, float_file=float)
+    if not float:
+        check_layers(prepared)
     first, samples = _samples(calibration, prepared)
     converted = without_transposes(_convert(prepared))
     content = bytearray(converted if float else convolutions_for_linears(converted))
@@ -170,8 +181,8 @@ def to_tflite(
         learned = find_learned(model, prepared, float_file, graph, first)
         if learned is not None:
             observed |= learned.ranges
-        observed = calibrating.widen_dead(observed, graph)
-        content = bytearray(quantize(content, graph, placed, observed))
+        observed = calibrating.widen_dead(observed, graph) | _pixel_ranges(prepared, graph)
+        content = bytearray(quantize(content, graph, placed, observed, input_dtype))
         graphs = graph, read_graph(content)
         rows, graph = check_codes(graphs[1], placed), graphs[1]
     agreement = comparison.run(lambda: Runner(bytes(content)))
@@ -182,20 +193,33 @@ def to_tflite(
     write_whole(Path(path), content)
     missed = None if learned is None else learned.missed
     sample = prepared.to_file_layout(first)
-    micro = None if float else micro_difference(bytes(content), graph, sample)
+    micro = None if float else compare_micro(bytes(content), graph, sample)
     counts = len(content), inputs.count
     return _result(Path(path), counts, prepared, graph, rows, agreement, missed, micro)
 
 
-def _check_arguments(path: Path, calibration: object, float_: bool, ranges: str) -> None:
+def _check_arguments(
+    path: Path, calibration: object, float_: bool, ranges: str, input_dtype: str
+) -> None:
     if ranges not in calibrating.RANGES:
         valid = ", ".join(map(repr, calibrating.RANGES))
         raise ValueError(f"ranges must be one of {valid}, got {ranges!r}")
+    if input_dtype not in INPUT_DTYPES:
+        valid = ", ".join(map(repr, INPUT_DTYPES))
+        raise ValueError(f"input_dtype must be one of {valid}, got {input_dtype!r}")
+    if float_ and input_dtype != "int8":
+        raise ValueError(f"a float file takes floats: leave input_dtype={input_dtype!r} out")
     if calibration is not None or not float_:
         calibrating.check(calibration, "to_tflite(model, inputs, path, calibration=loader)")
     check_folder(path)
     backends.litert_torch()  # a missing package shows before any work
     backends.quantizer()
+
+
+def _pixel_ranges(prepared: layout.Prepared, graph: Graph) -> dict[str, calibrating.Range]:
+    """Of inputs that the model takes as uint8: a step is one, whatever the data hold."""
+    given = zip(graph.inputs, prepared.arguments, strict=True)
+    return {tensor.name: (0.0, 255.0) for tensor, x in given if x.dtype == layout.PIXELS}
 
 
 def _samples(
@@ -237,7 +261,7 @@ def _result(
     rows: tuple[TensorRow, ...],
     agreement: Agreement,
     calibrated: tuple[str, ...] | None,
-    micro: int | None,
+    micro: MicroAgreement | None,
 ) -> TFLiteExport:
     return TFLiteExport(
         path=path,
@@ -246,7 +270,8 @@ def _result(
         sqnr_db=agreement.sqnr_db,
         top1_agreement=agreement.top1,
         compared_samples=agreement.samples,
-        micro_difference=micro,
+        micro_difference=None if micro is None else micro.difference,
+        micro_differs={} if micro is None else micro.operators,
         calibration_samples=counts[1],
         calibrated=calibrated,
         operators=count_operators(graph),
@@ -256,7 +281,7 @@ def _result(
         ),
         inputs=tuple(port(t) for t in graph.inputs),
         outputs=tuple(port(t) for t in graph.outputs),
-        channels_last=(prepared.module.moved, prepared.module.moved_outputs(prepared.example)),
+        channels_last=(prepared.module.moved, prepared.module.moved_outputs),
     )
 
 

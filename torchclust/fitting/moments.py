@@ -12,12 +12,15 @@ Float64s = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _RUN = 32  # values per stored prefix sum: an eighth of float32's memory, 31 values to add a query
+_SMALL = 4096  # values up to which every prefix sum is stored
 _CHUNK = 1 << 15  # values widened to float64 at a time: a multiple of _RUN that stays in the cache
 _LEAST = 1e-300
 
 
 class Moments:
     """Prefix sums of weight, weighted value and weighted square over ascending values.
+
+    Of a few thousand values each is stored, of more those of runs.
 
     The sums are of ``u = value * scale - centre``, in float64. `scale` is the power of two that
     brings the largest magnitude below 1, so that the square of neither 1e38 nor a denormal leaves
@@ -39,18 +42,17 @@ class Moments:
         self._weight_scale = 1.0 if weights is None else _power_of_two(float(weights.max()))
         middle = float(values[self.n // 2]) if centre is None else centre
         self.centre = middle * self.scale
-        origin = int(np.searchsorted(values, values.dtype.type(middle))) // _RUN
-        sums = self._sums_of_runs()
-        self._prefix = np.zeros((len(sums), sums.shape[1] + 1))
-        np.cumsum(sums[:, origin:], axis=1, out=self._prefix[:, origin + 1 :])
-        self._prefix[:, :origin] = -np.cumsum(sums[:, :origin][:, ::-1], axis=1)[:, ::-1]
+        origin = int(np.searchsorted(values, values.dtype.type(middle)))
+        self._run = 1 if self.n <= _SMALL else _RUN
+        terms = self._terms(slice(None)) if self._run == 1 else self._sums_of_runs()
+        self._prefix = outward_sums(terms, origin // self._run)
 
     def at(self, positions: Ints) -> Float64s:
         """`(3, *positions.shape)`: sums over ``values[:position]``, but for a common constant.
 
         Only their differences mean something: the moments of the values between two positions.
         """
-        run, rest = np.divmod(positions, _RUN)
+        run, rest = np.divmod(positions, self._run)
         sums = np.empty((3, *positions.shape))
         sums[0] = positions
         sums[3 - len(self._prefix) :] = self._prefix[:, run]
@@ -128,6 +130,18 @@ class Moments:
         return sums
 
 
+def outward_sums(terms: Float64s, origin: int) -> Float64s:
+    """`(..., n + 1)` prefix sums of `(..., n)` that are 0 at `origin`, negative before it.
+
+    >>> outward_sums(np.array([1.0, 2.0, 3.0]), 1)
+    array([-1.,  0.,  2.,  5.])
+    """
+    prefix = np.zeros((*terms.shape[:-1], terms.shape[-1] + 1))
+    np.cumsum(terms[..., origin:], axis=-1, out=prefix[..., origin + 1 :])
+    prefix[..., :origin] = -np.cumsum(terms[..., :origin][..., ::-1], axis=-1)[..., ::-1]
+    return prefix
+
+
 def sum_of_squares(
     values: Floats, weights: Floats | None, bounds: Ints, centroids: Float64s
 ) -> float:
@@ -163,7 +177,12 @@ def distinct_starts(values: Floats, limit: int) -> Ints | None:
     return np.concatenate(found)
 
 
+def powers_of_two(largest: Floats) -> Float64s:
+    """The factors that bring magnitudes into [0.5, 1), as far as float64 has them; 1 for 0."""
+    exponents = np.frexp(largest)[1]
+    powers: Float64s = np.ldexp(1.0, np.minimum(-exponents, 1023))
+    return np.where(largest == 0, 1.0, powers)
+
+
 def _power_of_two(largest: float) -> float:
-    """The factor that brings a magnitude into [0.5, 1), as far as float64 has one; 1 for 0."""
-    exponent = int(np.frexp(largest)[1])
-    return float(np.ldexp(1.0, min(-exponent, 1023))) if largest else 1.0
+    return float(powers_of_two(np.array(largest)))

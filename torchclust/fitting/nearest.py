@@ -38,14 +38,20 @@ def assign(values: Tensor, centroids: Tensor) -> Tensor:
     return count_below(values, midpoints(centroids.to(_searchable(dtype))))
 
 
+def assign_rows(rows: Tensor, centroids: Tensor) -> Tensor:
+    """`assign` of every row with centroids of its own, `(n, k)`, at most 256; uint8."""
+    dtype = torch.promote_types(rows.dtype, centroids.dtype)
+    return count_below_in_rows(rows, midpoints(centroids.to(_searchable(dtype))))
+
+
 def midpoints(centroids: Tensor) -> Tensor:
-    """`(k - 1,)` boundaries between ascending centroids, rounded down to their own dtype.
+    """`(..., k - 1)` boundaries between ascending centroids, rounded down to their own dtype.
 
     Rounding down keeps the rule exact: a value of this dtype is at most the true midpoint if and
     only if it is at most the rounded one. (float64 has nothing wider to round from; there the
     boundary still never reaches the upper centroid.)
     """
-    low, high = centroids[:-1], centroids[1:]
+    low, high = centroids[..., :-1], centroids[..., 1:]
     if centroids.dtype == torch.float32 and centroids.device.type != "mps":
         exact = (low.double() + high.double()) / 2
         middle = exact.float()

@@ -26,10 +26,10 @@ import numpy as np
 from torchclust.fitting.moments import Float64s, Ints, Moments, distinct_starts
 from torchclust.fitting.seeding import lloyd, nearest_bounds
 
-_EXACT = 4096  # up to this many distinct values every boundary is a candidate
+EXACT = 4096  # up to this many distinct values every boundary is a candidate
 _FEWEST = 1024  # candidate boundaries where there are more distinct values
 _MANY = 512  # clusters beyond which candidates are not weighed but taken
-_TABLE = 256  # up to this many distinct values the costs of all runs are tabulated
+TABLE = 256  # up to this many distinct values the costs of all runs are tabulated
 _HALF_WINDOW = 16  # candidates on either side of each boundary while refining
 _LLOYD = 100  # steps, where the optimum is not sought
 _WAYS = 4  # rows solved between two known ones at a time: fewer, larger numpy calls than halving
@@ -44,7 +44,7 @@ def optimal_bounds(moments: Moments, k: int, *, pinned: bool = False) -> Ints:
         k: number of runs.
         pinned: keep the first run's centroid at 0, the centre of the moments; it may be empty.
     """
-    starts = distinct_starts(moments.values, _EXACT)
+    starts = distinct_starts(moments.values, EXACT)
     if starts is not None:
         edges = np.append(starts, moments.n)
         return edges[_best_edges(moments, edges, k, pinned)]
@@ -101,10 +101,11 @@ def _best_edges(moments: Moments, edges: Ints, k: int, pinned: bool) -> Ints:
     sums = moments.at(edges)
     first = sums[2] - sums[2, 0] if pinned else cost_of_runs(sums[:, :1], sums)
     last = len(edges) - 1
-    if last > _TABLE:
-        return _divide_and_conquer(first, sums, k)
+    if last > TABLE:
+        return _heavy_runs(first, sums, k)
     table = table_of_costs(*moments.grouped(edges))
-    return np.array([0, *_cheapest(first if pinned else table[:, 0], [table] * (k - 1), last)])
+    path = cheapest_path(first if pinned else table[:, 0], [table] * (k - 1), last)
+    return np.concatenate([[0], path])
 
 
 def cost_of_runs(low: Float64s, high: Float64s) -> Float64s:
@@ -115,62 +116,83 @@ def cost_of_runs(low: Float64s, high: Float64s) -> Float64s:
 
 
 def table_of_costs(weight: Float64s, u: Float64s) -> Float64s:
-    """`[end, start]`: sum of squares within ``u[start:end]``, infinite where end < start.
+    """`[..., end, start]`: sum of squares within ``u[..., start:end]``, infinite where end < start.
 
     Welford's recurrence, one value at a time appended to all runs that end before it.
     """
-    m = len(u)
-    table = np.where(np.tri(m + 1, dtype=bool), 0.0, np.inf)
-    mass, mean, cost = np.zeros(m), np.zeros(m), np.zeros(m)
+    m = u.shape[-1]
+    table = np.where(np.tri(m + 1, dtype=bool), 0.0, np.full((*u.shape[:-1], 1, 1), np.inf))
+    mass, mean, cost = np.zeros((3, *u.shape))
     for end in range(1, m + 1):
-        runs, added = slice(0, end), weight[end - 1]
-        away = u[end - 1] - mean[runs]
+        runs, added = (..., slice(0, end)), weight[..., end - 1, None]
+        away = u[..., end - 1, None] - mean[runs]
         total = mass[runs] + added
         cost[runs] += away * away * (added * (mass[runs] / total))
         mean[runs] += away * (added / total)
         mass[runs] = total
-        table[end, runs] = cost[runs]
+        table[..., end, :end] = cost[runs]
     return table
 
 
-def _cheapest(first: Float64s, layers: Iterable[Float64s], last: int) -> list[int]:
+def cheapest_path(first: Float64s, layers: Iterable[Float64s], last: int) -> Ints:
     """The cheapest path: `first[i]` to begin at i, then `layer[j, i]` from i to j, up to `last`.
 
+    Args:
+        first: `(..., m)`, of one problem or of many.
+        layers: each `(..., m, m)`.
+        last: where all paths end.
+
     Returns:
-        The place taken before each layer, and `last`.
+        `(..., layers + 1)`: the place taken before each layer, and `last`.
     """
     total, cuts = first, []
     for layer in layers:
-        through = layer + total
-        cut = through.argmin(axis=1)
-        total = through[np.arange(len(cut)), cut]
+        through = layer + total[..., None, :]
+        cut = through.argmin(axis=-1)
+        total = np.take_along_axis(through, cut[..., None], axis=-1)[..., 0]
         cuts.append(cut)
+    return _path_through(cuts, np.full((*first.shape[:-1], 1), last))
+
+
+def _path_through(cuts: list[Ints], last: Ints) -> Ints:
+    """Back from the last place, each cut saying for every place which one came before."""
     path = [last]
     for cut in reversed(cuts):
-        path.append(int(cut[path[-1]]))
-    return path[::-1]
+        path.append(np.take_along_axis(cut, path[-1], axis=-1))
+    return np.concatenate(path[::-1], axis=-1)
 
 
-def _divide_and_conquer(first: Float64s, sums: Float64s, k: int) -> Ints:
-    """As `_cheapest` over all runs between edges, in O(k m log m) and without their table.
-
-    Costs are a Monge array: the best last boundary never moves left as the end moves right, so
-    each row need only look between the boundaries of two rows already known. An edge before which
-    no weight is added that float64 can tell is left out.
-    """
+def _heavy_runs(first: Float64s, sums: Float64s, k: int) -> Ints:
+    """`divide_and_conquer`, but for edges before which no weight is added that float64 can tell."""
     grown = np.maximum.accumulate(sums[0])
     heavy = np.flatnonzero(np.concatenate([[True], grown[1:] > grown[:-1]]))
     heavy[-1] = len(grown) - 1
-    total, sums, cuts = first[heavy], sums[:, heavy], []
-    rounds = list(_rounds(len(heavy) - 1))
+    chosen: Ints = heavy[divide_and_conquer(first[None, heavy], sums[:, None, heavy], k)[0]]
+    return chosen
+
+
+def divide_and_conquer(first: Float64s, sums: Float64s, k: int) -> Ints:
+    """As `cheapest_path` over all runs between edges, in O(k m log m) and without their table.
+
+    Costs are a Monge array: the best last boundary never moves left as the end moves right, so
+    each row need only look between the boundaries of two rows already known.
+
+    Args:
+        first: `(problems, m + 1)` cost of the first run up to every edge.
+        sums: `(3, problems, m + 1)` prefix sums at the edges; the weight grows at each.
+        k: number of runs.
+
+    Returns:
+        `(problems, k + 1)` edges that bound the runs.
+    """
+    total, cuts = first, [np.zeros(first.shape, dtype=np.int64)]
+    rounds = list(_rounds(first.shape[1] - 1))
     for _ in range(k - 2):
-        total, cut = _append_run(total, sums, rounds)
+        total, cut = _append_run(total, sums, rounds, cuts[-1])
         cuts.append(cut)
-    last = int((total + cost_of_runs(sums, sums[:, -1:])).argmin())  # its run ends at the end alone
-    path = [len(heavy) - 1, last]
-    for cut in reversed(cuts):
-        path.append(int(cut[path[-1]]))
-    return np.concatenate([[0], heavy[path[::-1]]])
+    ending = total + cost_of_runs(sums, sums[:, :, -1:])  # the last run ends at the end alone
+    path = _path_through(cuts, ending.argmin(axis=1)[:, None])
+    return np.concatenate([path, np.full((len(first), 1), first.shape[1] - 1)], axis=1)
 
 
 def _rounds(m: int) -> Iterable[tuple[Ints, Ints, Ints]]:
@@ -185,28 +207,38 @@ def _rounds(m: int) -> Iterable[tuple[Ints, Ints, Ints]]:
 
 
 def _append_run(
-    total: Float64s, sums: Float64s, rounds: Iterable[tuple[Ints, Ints, Ints]]
+    total: Float64s, sums: Float64s, rounds: Iterable[tuple[Ints, Ints, Ints]], before: Ints
 ) -> tuple[Float64s, Ints]:
-    """Append one non-empty run: for every end the least cost and the edge before the new run."""
-    weight, first, second = sums
-    m = len(total) - 1
-    cut = np.zeros(m + 2, dtype=np.int64)
-    cut[m + 1] = m - 1
-    best, before = total.copy(), total - second
+    """Append one non-empty run: for every end the least cost and the edge before the new run.
+
+    All problems at once, each with its own stretch of candidates: numpy's calls cost more than
+    the arithmetic of a small one. The new run begins no earlier than the last of one run less
+    (`before`), which leaves about half of a stretch.
+    """
+    problems, size = total.shape
+    weight, first, second = sums.reshape(3, -1)
+    cut = np.zeros((problems, size + 1), dtype=np.int64)
+    cut[:, size] = size - 2
+    best, rest = total.copy(), (total - sums[2]).ravel()
+    row = np.arange(problems)[:, None] * size
     for ends, below, above in rounds:
-        low = cut[below]
-        lengths = np.minimum(cut[above], ends - 1) - low + 1
+        high = np.minimum(cut[:, above], ends - 1)
+        low = np.minimum(np.maximum(cut[:, below], before[:, ends]), high)
+        lengths = (high - low + 1).ravel()
         starts = np.cumsum(lengths) - lengths
-        tried = np.arange(starts[-1] + lengths[-1]) + np.repeat(low - starts, lengths)
-        square = np.repeat(first[ends], lengths) - first[tried]
+        begin, at = (low + row).ravel(), (ends + row).ravel()
+        problem = np.repeat(np.arange(len(at)), lengths)
+        tried = np.arange(len(problem)) + (begin - starts)[problem]
+        square = first[at][problem] - first[tried]
         square *= square
-        square /= np.repeat(weight[ends], lengths) - weight[tried]
-        cost = before[tried] - square
+        square /= weight[at][problem] - weight[tried]
+        cost = rest[tried] - square
         least = np.minimum.reduceat(cost, starts)
-        hits = np.flatnonzero(cost == np.repeat(least, lengths))[::-1]
-        cut[ends[np.searchsorted(starts, hits, side="right") - 1]] = tried[hits]
-        best[ends] = least + second[ends]
-    return best, cut[: m + 1]
+        hits = np.flatnonzero(cost == least[problem])[::-1]
+        begin[problem[hits]] = tried[hits]
+        cut[:, ends] = begin.reshape(problems, -1) - row
+        best.reshape(-1)[at] = least + second[at]
+    return best, cut[:, :size]
 
 
 def _refine(moments: Moments, bounds: Ints, reach: Ints, pinned: bool) -> Ints:
@@ -238,4 +270,4 @@ def _best_places(moments: Moments, grid: Ints, pinned: bool) -> Ints:
     if pinned:
         cost[0] = right[2, 0] - left[2, 0]
     cost[grid[1:, :, None] < grid[:-1, None, :]] = np.inf
-    return np.array(_cheapest(cost[0, :, 0], cost[1:], 0)[:-1])
+    return cheapest_path(cost[0, :, 0], cost[1:], 0)[:-1]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torchclust.activations.quantized import remove_quantized_activations_
 from torchclust.data_aware.fit import fit_to_inputs
 from torchclust.data_aware.layers import Layer
+from torchclust.model.alike import Book, books_of_alike
 from torchclust.model.clustering import check_distinct, named_clusterings
 from torchclust.model.larger import warn_if_larger
 from torchclust.model.places import clustered_places, clustered_weight
+from torchclust.model.pretrained import warn_of_plain_names
 from torchclust.model.rules import Rules
 from torchclust.model.slots import Slot, chosen_slots, clustered_slots, slots_of
 from torchclust.model.surgery import attach, detach, make_for, make_plain
@@ -34,6 +36,8 @@ from torchclust.weight.config import ClusterConfig
 from torchclust.weight.parametrization import fit_weight
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+TaskT = TypeVar("TaskT")
+MadeT = TypeVar("MadeT")
 
 
 def cluster_(
@@ -95,16 +99,13 @@ def cluster_(
             f"them into their module first:  model.load_state_dict(state_dict)"
         )
     chosen = chosen_slots(model, rules, options, strict)
+    warn_of_plain_names(model, (slot for slot, _ in chosen))
     weights = _checked_importance(importance or {}, [slot for slot, _ in chosen])
-
-    def fit(task: tuple[Slot, ClusterConfig]) -> ClusteredWeight:
-        slot, config = task
-        return _fit_slot(slot, config, weights.get(slot.candidate.name), seed)
 
     fits: list[ClusteredWeight]
     corrected: dict[str, Tensor] = {}
     if inputs is None:
-        fits = _in_threads(fit, chosen)
+        fits = _fit_slots(chosen, weights, seed)
     else:
         fits, corrected = _fit_to_inputs(model, chosen, weights, inputs, seed)
     for (slot, _), fitted in zip(chosen, fits, strict=True):
@@ -199,19 +200,38 @@ def refit_(model: ModuleT, *, seed: int = 0) -> ModuleT:
         >>> refit_(model).weight.unique().numel()
         4
     """
-    tasks = [(slot, config) for slot, config in clustered_slots(model)]
-    fits = _in_threads(lambda task: _fit_slot(task[0], task[1], None, seed), tasks)
+    tasks = list(clustered_slots(model))
+    fits = _fit_slots(tasks, {}, seed)
     for (slot, _), fitted in zip(tasks, fits, strict=True):
         attach(slot, fitted)
     return model
 
 
+def _fit_slots(
+    chosen: list[tuple[Slot, ClusterConfig]], importance: Mapping[str, Tensor], seed: int
+) -> list[ClusteredWeight]:
+    """Fit every tensor on its own, in threads, but for small ones alike, which are one pass."""
+    books = books_of_alike(chosen, importance)
+
+    def fit(task: tuple[Slot, ClusterConfig]) -> ClusteredWeight:
+        slot, config = task
+        name = slot.candidate.name
+        return _fit_slot(slot, config, importance.get(name), seed, books.get(name))
+
+    return _in_threads(fit, chosen)
+
+
 def _fit_slot(
-    slot: Slot, config: ClusterConfig, importance: Tensor | None, seed: int
+    slot: Slot, config: ClusterConfig, importance: Tensor | None, seed: int, book: Book | None
 ) -> ClusteredWeight:
     try:
         tensors = fit_weight(
-            slot.value(), config, channel_dim=slot.channel_dim, importance=importance, seed=seed
+            slot.value(),
+            config,
+            channel_dim=slot.channel_dim,
+            importance=importance,
+            seed=seed,
+            book=book,
         )
     except ValueError as error:
         raise ValueError(
@@ -242,7 +262,7 @@ def _checked_importance(importance: Mapping[str, Tensor], slots: list[Slot]) -> 
     return checked
 
 
-def _in_threads(function: Any, tasks: list[Any]) -> list[Any]:
+def _in_threads(function: Callable[[TaskT], MadeT], tasks: list[TaskT]) -> list[MadeT]:
     """Map in order on all cores; numpy's sorts run outside the interpreter lock."""
     with ThreadPoolExecutor(max_workers=max(1, min(len(tasks), os.cpu_count() or 1))) as pool:
         return list(track(pool.map(function, tasks), "Fitting codebooks", len(tasks)))

@@ -35,6 +35,7 @@ def attach(slot: Slot, clustered: ClusteredWeight) -> None:
         module._parameters[name].grad = None  # type: ignore[union-attr]  # of the old shape
         parametrize.register_parametrization(module, name, clustered, unsafe=True)
         module.parametrizations[name].parameter_order = order  # type: ignore[index, union-attr]
+        _refuse_pruning(module)
         if isinstance(module, nn.RNNBase):
             _look_up_flat_weights(module)
     clustered.first_original = None
@@ -143,3 +144,26 @@ def _look_up_flat_weights(module: nn.RNNBase) -> None:
     cls._update_flat_weights = cls.flatten_parameters = nothing
     cls.forward = forward
     module.__dict__.pop("_flat_weights", None)
+
+
+def _refuse_pruning(module: nn.Module) -> None:
+    """Let `torch.nn.utils.prune` say one clear line of a tensor that is clustered.
+
+    It would store the looked-up weight as a parameter of its own, and fail on not finding the one
+    that it replaces.
+    """
+    cls: Any = type(module)  # made by torch for this module alone
+    base: Any = cls.__bases__[0]
+
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        pruned = name.removesuffix("_orig")
+        own = clustered_weight(self, pruned) if pruned != name else None
+        if own is not None:
+            k = own.config.n_clusters
+            raise ValueError(
+                f"{pruned!r} of this {base.__name__} is clustered, and cannot be pruned any more: "
+                f"prune first, then  cluster_(model, {k}, preserve_sparsity=True)"
+            )
+        base.register_parameter(self, name, param)
+
+    cls.register_parameter = register_parameter

@@ -243,8 +243,18 @@ def fit_as(
     channel_dim: int = 0,
     importance: Tensor | None = None,
     seed: int = 0,
+    book: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Fit a weight's codebooks for one kind of parametrization; pure.
+
+    Args:
+        kind: the parametrization.
+        weight: the values.
+        config: how they are clustered.
+        channel_dim: the weight's output-channel dimension.
+        importance: of the squared errors, or None.
+        seed: of inits that draw.
+        book: centroids and indices, output channels first, where they are fitted already.
 
     Returns:
         The tensors of a `ClusteredWeight` by name. ``original`` is what the parametrization
@@ -254,7 +264,8 @@ def fit_as(
     kept = without_noise(weight.detach(), importance)
     rows = kept.transpose(0, channel_dim)
     weights = None if importance is None else importance.detach().transpose(0, channel_dim)
-    trained, indices, tensors = fit_rows(rows, config, weights, seed)
+    fitted_now = fit_rows(rows, config, weights, seed) if book is None else (*book, {})
+    trained, indices, tensors = fitted_now
     if config.assignment == "fixed":
         tensors |= {"original": trained, "indices": indices.transpose(0, channel_dim).contiguous()}
     else:

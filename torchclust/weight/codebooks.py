@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchclust.fitting.arguments import require_finite
 from torchclust.fitting.codebook import fit_codebook
 from torchclust.fitting.even import even_step
 from torchclust.fitting.integer_codebook import fit_integer_codebook
 from torchclust.fitting.nearest import assign, count_below_in_units
+from torchclust.fitting.stacked import fit_stacked
 from torchclust.weight.config import ClusterConfig
 
 _LARGEST = 127  # code
@@ -54,11 +56,15 @@ def _fit_float(
     if config.granularity == "tensor":
         centroids, indices = fit(slice(None))
     else:
-        size = config.group_size if config.granularity == "group" else 1
-        parts = [slice(start, start + (size or 1)) for start in range(0, len(rows), size or 1)]
-        books = [fit(part) for part in parts]
-        centroids = _stack_padded([centroids for centroids, _ in books])
-        indices = torch.cat([indices for _, indices in books])
+        size = (config.group_size if config.granularity == "group" else None) or 1
+        whole = len(rows) - len(rows) % size if can_be_stacked(config, importance) else 0
+        parts = [slice(start, start + size) for start in range(whole, len(rows), size)]
+        found = [fit(part) for part in parts]
+        if whole:
+            stacked = stack_fits(rows[:whole].split(size), config)
+            found = [*zip(*stacked, strict=True), *found]
+        centroids = _stack_padded([c for c, _ in found])
+        indices = torch.cat([i for _, i in found])
     zero = {"zero_mask": centroids == 0} if config.preserve_sparsity else {}
     return centroids, indices.byte(), zero
 
@@ -93,6 +99,28 @@ def _space_integers(
     codes = spacing * torch.arange(-half, half + 1, device=rows.device)
     indices = count_below_in_units(rows, scale, (codes[1:] + codes[:-1]).float() / 2)
     return _trained(codes[half + 1 :], scale, indices, rows.dtype)
+
+
+def can_be_stacked(config: ClusterConfig, importance: Tensor | None) -> bool:
+    """Whether many such fits are one call of `torchclust.fitting.stacked`."""
+    plain = config.init == "optimal" and not config.rate and not config.preserve_sparsity
+    return plain and config.codebook_dtype == "float32" and importance is None
+
+
+def stack_fits(parts: Sequence[Tensor], config: ClusterConfig) -> tuple[Tensor, Tensor]:
+    """Codebooks of weights, or of parts of one, all of one shape.
+
+    Returns:
+        `(parts, k)` centroids, the last repeated where a part has fewer; `(parts, ...)` indices.
+
+    Raises:
+        ValueError: NaN or infinity in one of them.
+    """
+    rows = torch.stack([part.reshape(-1) for part in parts])
+    require_finite("values", rows)
+    centroids, indices = fit_stacked(rows, config.n_clusters)
+    width = int(indices.max()) + 1
+    return centroids[:, :width], indices.view(len(parts), *parts[0].shape)
 
 
 def _fit_integer(

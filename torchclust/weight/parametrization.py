@@ -183,10 +183,18 @@ def fit_weight(
     channel_dim: int = 0,
     importance: Tensor | None = None,
     seed: int = 0,
+    book: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Fit a weight's codebooks, as `torchclust.weight.clustered.fit_as` says; pure."""
-    kind = kind_of(config)
-    return fit_as(kind, weight, config, channel_dim=channel_dim, importance=importance, seed=seed)
+    return fit_as(
+        kind_of(config),
+        weight,
+        config,
+        channel_dim=channel_dim,
+        importance=importance,
+        seed=seed,
+        book=book,
+    )
 
 
 def mirrored(codes: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from torch import Tensor, fx
 from torchclust.export.rewrites.affine import depthwise
 from torchclust.export.rewrites.traced import Substitute, Traced, arguments, shape
 
+_LOGARITHM = (1.0178, 0.3126, 0.8448)  # of t, t^2 and t^3, for -log(1 - t), t up to one half
+
 
 def leaky_relu(traced: Traced, node: fx.Node) -> Substitute | None:
     """The larger of ``x`` and ``slope * x``."""
@@ -86,3 +88,43 @@ def reversed_difference(traced: Traced, node: fx.Node) -> Substitute | None:
         return None
     factor, addend = -float(given["alpha"]), float(given["other"])
     return lambda x, *_, **__: x * factor + addend
+
+
+def softplus(traced: Traced, node: fx.Node) -> Substitute:
+    """``relu(x) + log(1 + exp(-|x|))``, the logarithm as a polynomial of ``sigmoid(-|x|)``.
+
+    No int8 kernel of an NPU has a logarithm. With t for that sigmoid, 0 to one half, it is
+    ``-log(1 - t)``, and a cubic is within 5e-4 of it.
+    """
+    beta = float(arguments(node)["beta"])
+
+    def softplus(x: Tensor, *_: object, **__: object) -> Tensor:
+        return _softplus(x) if beta == 1 else _softplus(x * beta) * (1 / beta)
+
+    return softplus
+
+
+def log_sigmoid(traced: Traced, node: fx.Node) -> Substitute:
+    """``-softplus(-x)``."""
+    return lambda x, *_, **__: _softplus(x * -1.0) * -1.0
+
+
+def _softplus(x: Tensor) -> Tensor:
+    line, square, cube = _LOGARITHM
+    above = torch.relu(x)
+    share = torch.sigmoid(x - above * 2.0)
+    return above + share * (share * (share * cube + square) + line)
+
+
+def mish(traced: Traced, node: fx.Node) -> Substitute:
+    """``x * tanh(softplus(x))`` as SiLU times a factor of 1 to 1.21: what int8 holds finely.
+
+    With s for the sigmoid of x and u for that of -x the factor is ``1 + s u / (1 + u^2)``.
+    """
+
+    def mish(x: Tensor, *_: object, **__: object) -> Tensor:
+        s, u = torch.sigmoid(x), torch.sigmoid(x * -1.0)
+        root = torch.rsqrt(u * u + 1.0)
+        return x * s * (s * u * (root * root) + 1.0)
+
+    return mish

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -17,6 +18,7 @@ from torchclust.export.rewrites.traced import (
     operator,
     source,
 )
+from torchclust.export.rewrites.transposed import conv_transpose
 
 _Statistics: TypeAlias = tuple[Tensor, Tensor, float, Tensor | None, Tensor | None]
 _MOST_SHARED = 256  # values in a tensor, the most clusters there can be
@@ -30,16 +32,32 @@ def fold_batch_norm(traced: Traced) -> None:
     and into a transposed one with a bias of a shape that the quantizer spoils.
     """
     for conv, norm in _norms_behind(traced, _UNFOLDED):
-        transposed = "transpose" in operator(conv)
-        if transposed and arguments(conv)["groups"] != 1:
-            continue
-        weight, bias = traced.value(conv.args[1]), traced.value(arguments(conv)["bias"])
-        assert weight is not None
-        folded = fuse_conv_bn_weights(
-            weight, bias, *_statistics(traced, norm), transpose=transposed
-        )
-        traced.substitutes[conv] = _with_parameters(traced, conv, *folded)
+        folded = _folded(traced, conv, norm)
+        cut = conv_transpose(traced, conv, folded) if "transpose" in operator(conv) else None
+        traced.substitutes[conv] = cut or _with_parameters(traced, conv, *folded)
         traced.substitutes[norm] = identity
+
+
+def _folded(traced: Traced, conv: fx.Node, norm: fx.Node) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution that does what the BatchNorm behind it did.
+
+    A transposed one has its groups side by side along the inputs, so each is folded for itself.
+    """
+    given, transposed = arguments(conv), "transpose" in operator(conv)
+    weight, bias = traced.value(given["weight"]), traced.value(given["bias"])
+    assert weight is not None
+    groups = given["groups"] if transposed else 1
+    mean, variance, eps, scale, shift = _statistics(traced, norm)
+    by_channel = [
+        [None] * groups if t is None else t.chunk(groups)
+        for t in (bias, mean, variance, scale, shift)
+    ]
+    folded = [
+        fuse_conv_bn_weights(w, b, m, v, eps, s, t, transpose=transposed)
+        for w, b, m, v, s, t in zip(weight.chunk(groups), *by_channel, strict=True)
+    ]
+    weights, biases = zip(*folded, strict=True)
+    return torch.cat(weights), torch.cat(biases)
 
 
 def keep_shared_values(traced: Traced) -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from torchclust.export.rewrites import activations, maps, pooling, resizing, transposed
 from torchclust.export.rewrites.affine import merge_affine
 from torchclust.export.rewrites.flattened import permute_flattened
 from torchclust.export.rewrites.norms import fold_batch_norm, keep_shared_values
-from torchclust.export.rewrites.traced import Traced, operator
+from torchclust.export.rewrites.traced import Substitute, Traced, operator
+
+
+def unchecked(traced: Traced, node: fx.Node) -> Substitute:
+    """Nothing, for the trace's assertion that pixels are uint8: the file's are quantized floats."""
+    return lambda *_, **__: None
+
 
 # By the operator's name, without the underscore of those that work in place.
 RULES = {
+    "_assert_tensor_metadata": unchecked,
     "abs": activations.absolute,
     "adaptive_avg_pool2d": pooling.adaptive_avg_pool,
     "adaptive_max_pool2d": pooling.adaptive_max_pool,
@@ -23,6 +32,7 @@ RULES = {
     "leaky_relu": activations.leaky_relu,
     "max_pool2d": pooling.max_pool,
     "mean": maps.mean,
+    "mish": activations.mish,
     "linalg_vector_norm": maps.norm,
     "prelu": activations.prelu,
     "rsub": activations.reversed_difference,
@@ -31,6 +41,8 @@ RULES = {
     "sum": maps.total,
     "upsample_nearest2d": resizing.nearest,
 }
+# Right to within an int8 step; a float file keeps the operator.
+ROUNDED_RULES = {"log_sigmoid": activations.log_sigmoid, "softplus": activations.softplus}
 
 
 def rewrite(traced: Traced, *, float_file: bool) -> None:
@@ -45,8 +57,9 @@ def rewrite(traced: Traced, *, float_file: bool) -> None:
     if float_file:
         keep_shared_values(traced)
     merge_affine(traced)
+    rules = RULES if float_file else {**RULES, **ROUNDED_RULES}
     for node in traced.nodes:
-        rule = RULES.get(operator(node).rstrip("_"))
+        rule = rules.get(operator(node).rstrip("_"))
         substitute = None if rule is None or node in traced.substitutes else rule(traced, node)
         if substitute is not None:
             traced.substitutes[node] = substitute

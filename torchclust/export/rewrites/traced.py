@@ -36,6 +36,7 @@ class Traced:
         constants: holds tensors that substitutes need, so that a trace of them finds them.
         substitutes: by operator.
         columns: the order in which a parameter's columns stand in the converted model, by name.
+        dilations: by how much a parameter's kernel is spread there, zeros in between, by name.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Traced:
         self.constants = nn.Module()
         self.substitutes: dict[fx.Node, Substitute] = {}
         self.columns: dict[str, Tensor] = {}
+        self.dilations: dict[str, tuple[int, ...]] = {}
         signature = program.graph_signature
         self._names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self._lifted = dict(signature.inputs_to_lifted_tensor_constants)
@@ -119,7 +121,7 @@ class Traced:
         (returned,) = (n for n in self.program.graph.nodes if n.op == "output")
         tensors = [n for n in returned.args[0] if shape(n)]
         return tuple(
-            len(shape(n)) > 3 or (len(shape(n)) == 3 and is_channels_last(self, n)) for n in tensors
+            len(shape(n)) == 4 or (len(shape(n)) > 2 and is_channels_last(self, n)) for n in tensors
         )
 
     def values(self, inputs: Sequence[Tensor]) -> dict[fx.Node, Tensor]:

@@ -1,7 +1,8 @@
-"""Transposed convolutions with paddings, cut out of one without."""
+"""Transposed convolutions with paddings or groups, cut out of, or put together from, plain ones."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,30 +12,41 @@ from torch import Tensor, fx
 from torchclust.export.rewrites.traced import Substitute, Traced, arguments, shape
 
 
-def conv_transpose(traced: Traced, node: fx.Node) -> Substitute | None:
+def conv_transpose(
+    traced: Traced, node: fx.Node, folded: tuple[Tensor, Tensor] | None = None
+) -> Substitute | None:
     """The whole transposed convolution, of which the wanted stretch is kept.
 
     Output padding reads a pixel of zeros more at the end; a dilated kernel is written out; a 1-D
-    one is one of maps of a single row.
+    one is one of maps of a single row; each group is a convolution of its own channels.
+
+    Args:
+        traced: holds the kernels.
+        node: the convolution.
+        folded: weight and bias in the place of its own.
     """
     given, after = arguments(node), shape(node)[2:]
-    axes = len(after)
-    if axes not in (1, 2) or given["groups"] != 1 or node in traced.substitutes:
-        return None
+    axes, groups = len(after), given["groups"]
     names = ("stride", "padding", "output_padding", "dilation")
-    stride, padding, more, dilation = (_numbers(given[name], axes) for name in names)
-    weight = traced.value(given["weight"])
-    simple = not any(more) and set(dilation) == {1}
-    if weight is None or (simple and axes == 2):
+    weight = traced.value(given["weight"]) if folded is None else folded[0]
+    if axes not in (1, 2) or weight is None:
         return None
-    kernel = traced.constant(_dilated(weight, dilation))
-    step = (1, *stride) if axes == 1 else tuple(stride)
+    stride, padding, more, dilation = (_numbers(given[name], axes) for name in names)
+    if axes == 2 and groups == 1 and not any(more) and set(dilation) == {1}:
+        return None
+    name = traced.name(given["weight"])
+    if name is not None and set(dilation) != {1}:
+        traced.dilations[name] = tuple(dilation)
+    written = spread(weight, dilation)
+    written = written if axes == 2 else written.unsqueeze(2)
+    kernels = [traced.constant(group) for group in written.chunk(groups)]
+    shift = traced.constant(folded[1]) if folded else None
+    step = (1, *stride)[-2:]
 
     def convolution(x: Tensor, _: Tensor, bias: Tensor | None = None, *__: Any) -> Tensor:
         longer = [n for k in reversed(more) for n in (0, 1 if k else 0)]
         x = F.pad(x, longer) if any(longer) else x
-        maps, filters = (x, kernel()) if axes == 2 else (x.unsqueeze(2), kernel().unsqueeze(2))
-        y = F.conv_transpose2d(maps, filters, bias, step)
+        y = _by_group(x if axes == 2 else x.unsqueeze(2), kernels, shift() if shift else bias, step)
         y = y if axes == 2 else y.squeeze(2)
         for axis, (begin, size) in enumerate(zip(padding, after, strict=True), 2):
             y = y.narrow(axis, begin, size)
@@ -43,18 +55,28 @@ def conv_transpose(traced: Traced, node: fx.Node) -> Substitute | None:
     return convolution
 
 
+def _by_group(x: Tensor, kernels: list[Any], bias: Tensor | None, step: tuple[int, ...]) -> Tensor:
+    if len(kernels) == 1:
+        return F.conv_transpose2d(x, kernels[0](), bias, step)
+    count = len(kernels)
+    biases = [None] * count if bias is None else bias.chunk(count)
+    parts = zip(x.chunk(count, 1), kernels, biases, strict=True)
+    return torch.cat([F.conv_transpose2d(part, k(), b, step) for part, k, b in parts], 1)
+
+
 def _numbers(value: Any, axes: int) -> list[int]:
     numbers = [value] if isinstance(value, int) else list(value)
     return [int(n) for n in (numbers * axes if len(numbers) == 1 else numbers)]
 
 
-def _dilated(weight: Tensor, dilation: list[int]) -> Tensor:
-    """The kernel with the zeros between its elements written out."""
-    for axis, step in enumerate(dilation, 2):
-        if step > 1:
-            size = list(weight.shape)
-            size[axis] = (size[axis] - 1) * step + 1
-            wide = weight.new_zeros(size)
-            wide.index_copy_(axis, torch.arange(0, size[axis], step), weight)
-            weight = wide
-    return weight
+def spread(weight: Tensor, dilation: Sequence[int]) -> Tensor:
+    """A kernel with the zeros between its elements written out.
+
+    >>> spread(torch.tensor([[[1, 2, 3]]]), [2])
+    tensor([[[1, 0, 2, 0, 3]]])
+    """
+    sizes = [(n - 1) * step + 1 for n, step in zip(weight.shape[2:], dilation, strict=True)]
+    wide = weight.new_zeros(*weight.shape[:2], *sizes)
+    places: tuple[Any, ...] = (..., *(slice(None, None, step) for step in dilation))
+    wide[places] = weight
+    return wide
