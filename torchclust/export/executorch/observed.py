@@ -21,6 +21,7 @@ from torchclust.export.codes import Array
 from torchclust.export.executorch import packages
 from torchclust.export.executorch.averages import average_by_sum
 from torchclust.export.executorch.clipping import clipped
+from torchclust.export.executorch.paddings import pad_inside
 from torchclust.export.layout import Prepared
 from torchclust.export.rewrites.traced import operator
 
@@ -67,6 +68,7 @@ def observe(prepared: Prepared, compile_spec: Any) -> fx.GraphModule:
     pt2e = packages.load("torchao.quantization.pt2e.quantize_pt2e")
     graph = trace(prepared.module, prepared.example).module(check_guards=False)
     average_by_sum(graph)
+    pad_inside(graph)
     try:
         with quietly(), torch.no_grad():
             observed = pt2e.prepare_pt2e(graph, _quantizer(compile_spec))
