@@ -256,6 +256,8 @@ def test_every_construct_keeps_its_codes(name: str, tmp_path: Path) -> None:
     if case.writes:
         assert tuple(p.shape for p in done.outputs) == case.writes
     assert (done.cpu_operators, done.unverified) == ((), ())
+    compiled = sum(len(part.compiled) for part in done.run.parts)  # type: ignore[attr-defined]
+    assert done.size_bytes < compiled + 8000  # no float copy of any weight
     assert done.sqnr_db > 20
 
 
