@@ -156,6 +156,10 @@ CONSTRUCTS: dict[str, tuple[Callable[..., Any], list[tuple[list[str], list[str]]
         lambda m, x: (F.adaptive_avg_pool2d(m.c(x), 1), m.d(x).mean((2, 3))),
         [(["c:conv2d"], []), ([":adaptive_avg_pool2d"], []), (["d:conv2d"], []), ([":mean"], [])],
     ),
+    "a pooling of the whole map is a mean": (
+        lambda m, x: F.avg_pool2d(m.c(x), kernel_size=x.shape[-2:]),
+        [(["c:conv2d"], []), ([":avg_pool2d"], [])],
+    ),
     "concatenation unites": (
         lambda m, x: torch.cat([m.c(x), F.relu(m.d(x)), F.max_pool2d(x, 1)], 1)[:, ::2],
         [],

@@ -23,13 +23,11 @@ class Mean(nn.Module):
     ("module", "sums"),
     [
         (nn.AdaptiveAvgPool2d(1), 1),
-        (nn.AvgPool2d((6, 4)), 1),
         (Mean((2, 3)), 1),
         (Mean((-1,), keepdim=True), 1),
         (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1)), 2),
         (nn.AdaptiveAvgPool2d((1, 2)), 0),
         (nn.AvgPool2d(2), 0),
-        (nn.AvgPool2d((6, 4), padding=(3, 2)), 0),
         (Mean(None), 0),
         (nn.MaxPool2d((6, 4)), 0),
     ],

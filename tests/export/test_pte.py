@@ -38,6 +38,7 @@ from torchclust.export.executorch.observed import layers, observe, observers
 from torchclust.export.executorch.scales import calibrate, set_weights
 from torchclust.export.executorch.stream import unverified
 from torchclust.export.executorch.tosa import TosaFile
+from torchclust.export.runner import Runner
 
 INT8 = ClusterConfig(n_clusters=16, codebook_dtype="int8")
 needs_executorch = pytest.mark.skipif(
@@ -103,14 +104,32 @@ def test_every_clustered_tensor_is_compiled_with_the_trained_codes(exported: Exp
 @needs_executorch
 def test_a_program_is_as_small_as_the_file_of_the_other_road(exported: Exported) -> None:
     pytest.importorskip("litert_torch", reason="the other road's packages are not here")
-    file = to_tflite(exported.model, IMAGES[:1], exported.folder / "m.tflite", calibration=[IMAGES])
-    other = vela(file.path)
-    # The file's MEAN is a kernel of ones to Vela, 100 to 300 bytes; the program's average is not.
-    ours, theirs = exported.done.encoded_weight_bytes, other.encoded_weight_bytes
-    assert theirs - 300 <= ours <= 1.02 * theirs
-    ends = [(p.shape, p.dtype) for p in (*exported.done.inputs, *exported.done.outputs)]
-    assert ends == [(p.shape, p.dtype) for p in (*file.inputs, *file.outputs)]
-    assert exported.done.sqnr_db > file.sqnr_db - 3
+    model, folder = exported.model, exported.folder
+    file = to_tflite(model, IMAGES[:1], folder / "m.tflite", calibration=[IMAGES])
+    on_u85 = "ethos-u85-256"
+    other = to_pte(model, IMAGES[:1], folder / "u85.pte", calibration=[IMAGES], target=on_u85)
+    for done, target in ((exported.done, "ethos-u55-128"), (other, on_u85)):
+        assert done.unverified == ()
+        # The file's MEAN is a kernel of ones to Vela, 100 to 300 bytes; the program's is not.
+        theirs = vela(file.path, accelerator=target).encoded_weight_bytes
+        assert theirs - 300 <= done.encoded_weight_bytes <= 1.02 * theirs
+        ends = [(p.shape, p.dtype) for p in (*done.inputs, *done.outputs)]
+        assert ends == [(p.shape, p.dtype) for p in (*file.inputs, *file.outputs)]
+
+
+@pytest.mark.executorch
+@needs_executorch
+def test_a_program_is_as_exact_as_the_file_of_the_other_road(exported: Exported) -> None:
+    pytest.importorskip("litert_torch", reason="the other road's packages are not here")
+    file = to_tflite(exported.model, IMAGES[:1], exported.folder / "n.tflite", calibration=[IMAGES])
+    images = torch.randn(64, *IMAGES.shape[1:], generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        wanted = exported.model(images).numpy()
+    noise = []
+    for run in (exported.done.run, Runner(file.path.read_bytes(), reference=True)):
+        outputs = [run((x[None].permute(0, 2, 3, 1).contiguous(),))[0] for x in images]
+        noise.append(np.square(np.concatenate(outputs) - wanted).mean())
+    assert 10 * np.log10(noise[0] / noise[1]) < 1  # decibels
 
 
 @pytest.mark.executorch
@@ -236,7 +255,9 @@ def test_every_construct_keeps_its_codes(name: str, tmp_path: Path) -> None:
     assert tuple(p.shape for p in done.inputs) == case.reads
     if case.writes:
         assert tuple(p.shape for p in done.outputs) == case.writes
-    assert done.cpu_operators == ()
+    assert (done.cpu_operators, done.unverified) == ((), ())
+    compiled = sum(len(part.compiled) for part in done.run.parts)  # type: ignore[attr-defined]
+    assert done.size_bytes < compiled + 8000  # no float copy of any weight
     assert done.sqnr_db > 20
 
 

@@ -86,6 +86,7 @@ AVERAGES: dict[str, Function] = {
     "mean of a mean": lambda y: y.mean(3).mean(2),
     "flattened mean": lambda y: y.flatten(2).mean(-1),
     "adaptive": lambda y: F.adaptive_avg_pool2d(y, 1).flatten(1),
+    "pooling": lambda y: F.avg_pool2d(y, y.shape[2:]).flatten(1),
 }
 
 

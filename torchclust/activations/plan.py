@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,10 +185,19 @@ class _Tensors:
 
 
 def _keeps_scale(call: Call) -> bool:
-    if call.operator.startswith("adaptive_avg_pool"):
-        # Down to one pixel it becomes MEAN, which has a scale of its own.
-        return bool(call.result.shape[2:].numel() > 1)
+    if _averages_all(call):  # it becomes MEAN, which has a scale of its own
+        return False
     return call.operator in _MOVED or call.operator in _INTERPOLATED or "_pool" in call.operator
+
+
+def _averages_all(call: Call) -> bool:
+    """Whether a pooling averages the whole map."""
+    if call.operator == "avg_pool2d":
+        kernel, padding = _argument(call, 1, "kernel_size", 0), _argument(call, 3, "padding", 0)
+        sizes = kernel if isinstance(kernel, Sequence) else (kernel, kernel)
+        whole = tuple(sizes) == tuple(call.args[0].shape[-2:])
+        return whole and padding in (0, (0, 0), [0, 0])
+    return call.operator.startswith("adaptive_avg_pool") and call.result.shape[2:].numel() == 1
 
 
 def _makes_new_values(call: Call) -> bool:

@@ -35,14 +35,12 @@ def average_by_sum(graph: fx.GraphModule) -> None:
 
 
 def _averaged(node: fx.Node) -> tuple[int, ...]:
-    """The dimensions over which a node averages all there is; none for any other operator."""
+    """The dimensions over which a node averages all there is; none for any other operator.
+
+    A pooling of the whole map is adaptive by now (`torchclust.export.rewrites.pooling`).
+    """
     name = operator(node)
     if name == "mean" and len(node.args) > 1 and not node.kwargs:
         return tuple(node.args[1])  # type: ignore[arg-type]
-    if name not in ("avg_pool2d", "adaptive_avg_pool2d"):
-        return ()
-    size = tuple(node.args[0].meta["val"].shape[-2:])  # type: ignore[union-attr]
-    covered = tuple(node.args[1])  # type: ignore[arg-type]
-    whole = (1, 1) if name == "adaptive_avg_pool2d" else size
-    padded = len(node.args) > 3 and any(node.args[3])  # type: ignore[arg-type]
-    return () if covered != whole or padded else (-2, -1)
+    whole = name == "adaptive_avg_pool2d" and node.meta["val"].shape[-2:].numel() == 1
+    return (-2, -1) if whole else ()

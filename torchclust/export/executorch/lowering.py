@@ -75,7 +75,17 @@ def quantized(observed: fx.GraphModule) -> fx.GraphModule:
     with quietly():
         converted = pt2e.convert_pt2e(observed)
     assert isinstance(converted, fx.GraphModule)
+    _drop_unread(converted)
     return converted
+
+
+def _drop_unread(graph: fx.GraphModule) -> None:
+    """Forget float tensors whose int8 values took their place: a program would hold both."""
+    read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    for name in [*dict(graph.named_parameters()), *dict(graph.named_buffers())]:
+        if name not in read:
+            owner, _, leaf = name.rpartition(".")
+            delattr(graph.get_submodule(owner), leaf)
 
 
 def lower(converted: fx.GraphModule, example: tuple[Tensor, ...], spec: Any) -> Lowered:

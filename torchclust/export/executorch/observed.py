@@ -20,6 +20,8 @@ from torchclust.export.backends import ExportError, first_line, quietly
 from torchclust.export.codes import Array
 from torchclust.export.executorch import packages
 from torchclust.export.executorch.averages import average_by_sum
+from torchclust.export.executorch.clipping import clipped
+from torchclust.export.executorch.paddings import pad_inside
 from torchclust.export.layout import Prepared
 from torchclust.export.rewrites.traced import operator
 
@@ -66,6 +68,7 @@ def observe(prepared: Prepared, compile_spec: Any) -> fx.GraphModule:
     pt2e = packages.load("torchao.quantization.pt2e.quantize_pt2e")
     graph = trace(prepared.module, prepared.example).module(check_guards=False)
     average_by_sum(graph)
+    pad_inside(graph)
     try:
         with quietly(), torch.no_grad():
             observed = pt2e.prepare_pt2e(graph, _quantizer(compile_spec))
@@ -125,11 +128,15 @@ def other_sizes(observed: fx.GraphModule) -> Iterator[int]:
 
 
 def observers(observed: fx.GraphModule) -> dict[str, nn.Module]:
-    """Observers of activations, by the name of the operator whose result they see."""
+    """Observers of activations, by the name of the operator whose result they see.
+
+    What is clipped at once is left out.
+    """
+    hidden = clipped(observed)
     return {
         str(node.args[0].name): observed.get_submodule(str(node.target))
         for node in observed.graph.nodes
-        if _is_observer(node) and node.args[0].op != "get_attr"
+        if _is_observer(node) and node.args[0].op != "get_attr" and str(node.target) not in hidden
     }
 
 

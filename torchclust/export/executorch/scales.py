@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torchclust.export.calibration import Sample
 from torchclust.export.clustered import Placed
 from torchclust.export.codes import LARGEST, Array
+from torchclust.export.executorch.clipping import looking_behind
 from torchclust.export.executorch.observed import Layer, layers, observers
 from torchclust.export.layout import Prepared
 from torchclust.export.learned import Learned, learned_values, match_learned
@@ -32,8 +33,9 @@ _DERIVED = (
 @torch.no_grad()
 def calibrate(observed: fx.GraphModule, inputs: Iterable[Sequence[Tensor]]) -> None:
     """Run samples, in the file's layout, past the observers."""
-    for sample in inputs:
-        observed(*sample)
+    with looking_behind(observed):
+        for sample in inputs:
+            observed(*sample)
 
 
 def set_learned(

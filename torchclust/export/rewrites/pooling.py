@@ -45,12 +45,18 @@ def max_pool(traced: Traced, node: fx.Node) -> Substitute | None:
 
 
 def avg_pool(traced: Traced, node: fx.Node) -> Substitute | None:
-    """Average over the widened map, then undo the count of the pixels that were added."""
+    """Average over the widened map, then undo the count of the pixels that were added.
+
+    Over the whole map it is a MEAN: that has a scale of its own, a pooling has its input's, of
+    which the average, so much smaller, would be a few coarse steps.
+    """
     given, before = arguments(node), shape(source(node))
     kernel, stride = _window(given)
     edges = _edges(node, kernel, stride, _pair(given["padding"]))
-    if len(before) != 4 or (edges == ((0, 0), (0, 0)) and not given["divisor_override"]):
+    if len(before) != 4:
         return None
+    if edges == ((0, 0), (0, 0)) and not given["divisor_override"]:
+        return None if kernel != before[2:] else lambda x, *_, **__: F.adaptive_avg_pool2d(x, 1)
     ones = torch.ones(1, 1, *before[2:])
     mine = F.avg_pool2d(_zeros_around(ones, edges), kernel, stride)
     target = node.target
