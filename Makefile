@@ -15,13 +15,15 @@ test: .venv/installed
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-# For the inner loop: the same checks, and the tests that are quick.
+# For the inner loop: the same checks, and the quick tests of the rooms that convert nothing.
+QUICK := $(addprefix tests/,fitting activations weight data_aware model allocation zoo \
+	test_house.py test_api_names.py test_error_messages.py)
 quick: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --quiet -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --quiet -m "not slow" $(QUICK)
 
 # ExecuTorch programs, in an environment of their own: their packages want an older numpy and Vela.
 # The tests are those marked `executorch`, which `make test` skips.

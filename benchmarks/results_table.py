@@ -175,7 +175,8 @@ def reports(name: str) -> list[Report]:
 
 def priced(network: str) -> list[Report]:
     """What benchmarks/rate_lenets.py measured with moved images, as reports, by seed."""
-    lines = (RESULTS / "rate_lenets.jsonl").read_text().splitlines()
+    path = RESULTS / "rate_lenets.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
     rows = [row for row in map(json.loads, lines) if row["network"] == network and row["shift"]]
     controls = {(row["seed"], *row["epochs"]): row for row in rows if not row["rate"]}
     found = {}

@@ -77,7 +77,9 @@ def test_every_weight_takes_what_costs_least(options: dict[str, Any]) -> None:
     lookup = lookup_of(layer)
     table = lookup._table(lookup._codebook(lookup.trained(latent_of(layer)))).detach()
     table, bits = (t.expand(32, -1) for t in (table, lookup.bits()))
-    price = 0.3 * clustering.latent.var(correction=0)
+    unit = clustering.scale if clustering.scale is not None else torch.ones(32)
+    price = 0.3 * clustering.latent.var(correction=0) * unit.square() / unit.square().mean()
+    price = price[:, None, None]  # of an int8 codebook in squares of each channel's scale
     costs = (latent_of(layer)[..., None] - table[:, None]).square() + price * bits[:, None]
     taken = costs.gather(2, clustering.indices[..., None].long()).squeeze(2)
     assert torch.allclose(taken, costs.amin(2), atol=1e-5)

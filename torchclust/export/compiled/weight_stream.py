@@ -76,11 +76,8 @@ class _Part:
     """A slice: its weights, folded, the zero runs after each, and before the first if it ``leads``.
 
     ``leads`` where the palette is new: a slice that goes on with the last one's has no such run.
-    ``largest`` is the largest index.
     """
 
-    header: Slice
-    largest: int
     folded: Array
     runs: Array
     leads: bool
@@ -100,12 +97,11 @@ def decode_weights(data: bytes, limit: int) -> WeightStream:
         CompiledFileError: the stream is damaged.
     """
     padded, parts, at = data + bytes(8), list[_Part](), 0
-    palette, used, begun = None, np.zeros(LARGEST, np.int64), 0
+    palette, used = None, np.zeros(LARGEST, np.int64)
     while (header := read_header(padded, at, 8 * len(data), palette)) is not None:
         if header.new_palette:
             check_palette(palette, used)
-            _check_truncation(parts[begun:])
-            used[:], begun = 0, len(parts)
+            used[:] = 0
         part, at = _part(padded, header, 8 * len(data), at)
         used += np.bincount(part.folded, minlength=LARGEST)
         if len(part.folded) + int(part.runs.sum()) > limit:
@@ -114,7 +110,6 @@ def decode_weights(data: bytes, limit: int) -> WeightStream:
         parts.append(part)
         palette = header.palette
     check_palette(palette, used)
-    _check_truncation(parts[begun:])
     _check_tail(data, at)
     headers, zero_bits = sum(p.header_bits for p in parts), sum(p.zero_bits for p in parts)
     return WeightStream(
@@ -132,11 +127,8 @@ def _part(data: bytes, header: Slice, end: int, start: int) -> tuple[_Part, int]
     """A slice from its header on, and the bit after it."""
     chunks, after = _chunks(data, header, end)
     count, divisor, room = run_layout(header)
-    indices = _indices(data, header, chunks)
     return _Part(
-        header=header,
-        largest=int(indices.max()),
-        folded=_folded(header, indices),
+        folded=_folded(data, header, chunks),
         runs=_zero_runs(data, header, chunks),
         leads=header.new_palette,
         palette=len(header.palette.values),
@@ -184,8 +176,8 @@ def _chunks(data: bytes, header: Slice, end: int) -> tuple[_Chunks, int]:
             return found, at
 
 
-def _indices(data: bytes, header: Slice, chunks: _Chunks) -> Array:
-    """A slice's indices into its palette and past it."""
+def _folded(data: bytes, header: Slice, chunks: _Chunks) -> Array:
+    """A slice's weights but for its zero runs, the sign folded into the lowest bit."""
     first, second, ends = np.array(chunks.weights).reshape(-1, 3).T
     indices = _remainders(data, chunks.weight_rests, ends, header.divisor)
     if not header.uncompressed:
@@ -193,11 +185,6 @@ def _indices(data: bytes, header: Slice, chunks: _Chunks) -> Array:
         codes = bits + (bits & second[:, None] >> (np.cumsum(bits, 1) - bits))
         quotients = _sums(codes, (codes < 2) | header.truncated, header.count)
         indices += quotients << header.divisor
-    return indices
-
-
-def _folded(header: Slice, indices: Array) -> Array:
-    """A slice's weights but for its zero runs, the sign folded into the lowest bit."""
     folded: Array = value_table(header.palette)[np.minimum(indices, LARGEST)]
     if folded.min() == NO_VALUE:
         raise CompiledFileError("a weight stream is damaged: an index for which there is no value")
@@ -244,26 +231,6 @@ def _with_zeros(part: _Part) -> Array:
     at = np.arange(len(magnitude)) + before[: len(magnitude)]
     values[at] = np.where(part.folded & 1, -magnitude, magnitude)
     return values
-
-
-def _check_truncation(parts: list[_Part]) -> None:
-    """Of the slices that share a palette: where no quotient is above 1, nothing reads the flag.
-
-    The encoder sets it there too if the largest quotient of all these slices could be 2. How it
-    chooses where it codes slices in several ways, or values past the palette, is not known.
-    """
-    last = max((part.palette for part in parts), default=0) - 1
-    past = any(part.largest > last for part in parts)
-    if past or len({part.header.divisor for part in parts}) > 1:
-        return
-    for part in parts:
-        divisor, truncated = part.header.divisor, part.header.truncated
-        if part.header.uncompressed:
-            as_encoded = not truncated
-        else:
-            as_encoded = part.largest >> divisor > 1 or truncated == (last >> divisor == 2)
-        if not as_encoded:
-            raise CompiledFileError("a weight stream is damaged: quotients cut off at another end")
 
 
 def _check_tail(data: bytes, at: int) -> None:
