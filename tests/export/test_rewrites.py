@@ -270,23 +270,12 @@ def test_a_padded_map_is_not_transposed(tmp_path: Path) -> None:
     assert result.sqnr_db > 35
 
 
-class Curve(nn.Module):
-    """An activation between two factors, which the file has as a MUL each."""
-
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 @pytest.mark.parametrize("name", ["mish", "softplus", "softplus, steep", "log sigmoid"])
 @pytest.mark.parametrize("width", [1.0, 4.0, 8.0])
 def test_curves_are_within_two_codes(name: str, width: float, tmp_path: Path) -> None:
     """Of the best that int8 can do, which is half a code; each of some ten operators rounds too."""
     x = torch.linspace(-width, width, 256).view(1, 4, 8, 8)
-    result = exported(Curve(FUNCTIONS[name]), x, tmp_path)
+    result = exported(Wrapped(FUNCTIONS[name]), x, tmp_path)
     run = Runner(result.path.read_bytes())
     (source,), (target,) = result.inputs, result.outputs
     given = (torch.round(x / source.scale)) * source.scale

@@ -264,8 +264,9 @@ def fit_as(
     kept = without_noise(weight.detach(), importance)
     rows = kept.transpose(0, channel_dim)
     weights = None if importance is None else importance.detach().transpose(0, channel_dim)
-    fitted_now = fit_rows(rows, config, weights, seed) if book is None else (*book, {})
-    trained, indices, tensors = fitted_now
+    trained, indices, tensors = (
+        fit_rows(rows, config, weights, seed) if book is None else (*book, {})
+    )
     if config.assignment == "fixed":
         tensors |= {"original": trained, "indices": indices.transpose(0, channel_dim).contiguous()}
     else:

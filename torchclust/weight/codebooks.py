@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from torchclust.fitting.arguments import require_finite
+from torchclust.fitting.channels import GRID
 from torchclust.fitting.codebook import fit_codebook
 from torchclust.fitting.even import even_step
 from torchclust.fitting.integer_codebook import fit_integer_codebook
-from torchclust.fitting.nearest import assign, count_below_in_units
+from torchclust.fitting.nearest import assign, count_below_in_units, in_rows
 from torchclust.fitting.stacked import fit_stacked
 from torchclust.weight.config import ClusterConfig
 
-_LARGEST = 127  # code
 _LEAST_UNIT = -24  # log2: float16 has no smaller one, and 0 / 0 would be the codes after a cast
 
 
@@ -87,14 +87,14 @@ def _space_integers(
 
     Errors count in units of the tensor, so that the steps of all channels share one price.
     """
-    flat = rows.double().reshape(len(rows), -1)
+    flat = in_rows(rows.double())
     size = flat.square().mean(1).sqrt()
     size = torch.where(size > 0, size, size[size > 0].median())[:, None]
     weights = size.square().expand_as(flat)
     if importance is not None:
         weights = weights * importance.double().reshape(flat.shape)
     half = config.half
-    spacing = _LARGEST // half
+    spacing = GRID // half
     scale = (even_step(flat / size, half, config.rate, weights) / spacing * size.squeeze(1)).float()
     codes = spacing * torch.arange(-half, half + 1, device=rows.device)
     indices = count_below_in_units(rows, scale, (codes[1:] + codes[:-1]).float() / 2)

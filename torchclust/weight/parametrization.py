@@ -26,7 +26,6 @@ from torchclust.fitting.nearest import (
     count_below,
     count_below_in_rows,
     count_below_in_units,
-    in_rows,
 )
 from torchclust.weight.bits import bits_of
 from torchclust.weight.clustered import ClusteredWeight, fit_as
@@ -67,9 +66,7 @@ class FloatClusteredWeight(ClusteredWeight):
             return assign(rows, codebook)
         table = at_least_float32(self._table(codebook))
         limits = table[:, 1:] / 2 + table[:, :-1] / 2  # halved first: no overflow
-        flat = in_rows(at_least_float32(rows))
-        found = torch.searchsorted(limits.contiguous(), flat.contiguous(), out_int32=True)
-        return found.byte().view(rows.shape)
+        return self._count_below(rows, limits)
 
     def _index_of_zero(self, codebook: Tensor) -> Tensor:
         table = self._table(codebook)
@@ -131,12 +128,14 @@ class IntegerClusteredWeight(ClusteredWeight):
         return mirrored(codebook).float()
 
     def _count_below(self, rows: Tensor, limits: Tensor) -> Tensor:
-        scale = self.scale().detach().float().clamp_min(torch.finfo(torch.float32).tiny)
-        return count_below_in_units(rows, scale, limits)
+        return count_below_in_units(rows, self._divisors(), limits)
 
     def _per_weight(self, slopes: Tensor) -> Tensor:
-        scale = self.scale().detach().float().clamp_min(torch.finfo(torch.float32).tiny)
-        return slopes / scale[:, None]
+        return slopes / self._divisors()[:, None]
+
+    def _divisors(self) -> Tensor:
+        """The channels' scales, none of them 0."""
+        return self.scale().detach().float().clamp_min(torch.finfo(torch.float32).tiny)
 
     def price_unit(self) -> Tensor:
         """The channels' scales: an int8 codebook's price is in squared codes."""
