@@ -7,11 +7,12 @@
 
 The network and training of recipes/fashion_cnn.yaml: 6 epochs of Adam at 1e-3, batches of 250, then
 2 epochs from 3e-4 down to 0 along a cosine, the unclustered control too. Points that train at a
-price of bits, and a control of their own, take 12 epochs from 1e-3 down instead. Every point goes
-through export, LiteRT's kernels on all 10,000 test images, and Vela for ethos-u55-128
-(Ethos_U55_High_End_Embedded, Shared_Sram).
-Results are appended to benchmarks/results/flash_accuracy.jsonl, so an interrupted run goes on;
-trained networks are kept in runs/flash_accuracy.
+price of bits, and a control of their own, take 12 epochs from 1e-3 down instead, and leave out
+5,000 training images on which a price can be chosen (`val_accuracy`, of the int8 file). Every point
+goes through export, LiteRT's kernels on all 10,000 test images, and Vela for ethos-u55-128
+(Ethos_U55_High_End_Embedded, Shared_Sram). Results are appended to
+benchmarks/results/flash_accuracy.jsonl, so an interrupted run goes on; trained networks are kept in
+runs/flash_accuracy.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -38,6 +40,7 @@ from torchclust.recipes.loaders import of_loaders
 from torchclust.recipes.schema import Schedule
 from torchclust.recipes.training import fit
 from torchclust.zoo import Data, fashion_mnist, loader, samples
+from torchclust.zoo.dataset import ImageArrays
 
 FOLDER = Path("runs/flash_accuracy")
 RESULTS = Path(__file__).parent / "results" / "flash_accuracy.jsonl"
@@ -46,8 +49,9 @@ FLOAT = {"assignment": "nearest"}
 CQAT = "int8 codebook and quantized activations, 3 codes"
 KINDS = ("mixed", "even", "curve", "cqat", "priced")
 EVEN = (4, 6, 8, 12)
-RATES = (0.03, 0.1)  # of the priced points
+RATES = (0.1, 0.3)  # of the priced points
 PRICED_CONTROL = "control, 12 epochs"
+HELD_OUT = 5000
 CODES = {4: 3, 6: 5, 8: 7, 16: 15, 32: 31}
 
 
@@ -86,9 +90,21 @@ def kind(name: str) -> str:
     return "curve" if "codebook" in name else "even" if name.startswith("even") else "mixed"
 
 
+def without_held_out(data: Data) -> tuple[Data, ImageArrays]:
+    """The data with fewer training images, and those that were taken out."""
+    assert isinstance(data.train, ImageArrays)
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    held, kept = (
+        ImageArrays(data.train.images[part].numpy(), data.train.labels[part].numpy())
+        for part in (order[:HELD_OUT], order[HELD_OUT:])
+    )
+    return replace(data, train=kept), held
+
+
 def base(data: Data, seed: int, batch_norm: bool) -> nn.Module:
     """The trained network, from its file if it is there."""
-    path = FOLDER / f"base_{seed}_{int(batch_norm)}.pt"
+    part = "" if len(data.train) == 60_000 else "_held_out"
+    path = FOLDER / f"base_{seed}_{int(batch_norm)}{part}.pt"
     torch.manual_seed(seed)
     model = zoo.seed_cnn(batch_norm=batch_norm)
     if path.exists():
@@ -131,12 +147,14 @@ def train_(
 
 def measure(data: Data, seed: int, batch_norm: bool, name: str) -> dict[str, Any]:
     rules, options = points()[name]
+    priced = kind(name) == "priced"
+    data, held_out = without_held_out(data) if priced else (data, None)
     model = base(data, seed, batch_norm)
     if rules is not None:
         cluster_(model, rules, **options)
     callback = WeightClustering(lr_scale=1.0, strip=False, quantize_activations=name == CQAT)
-    callbacks = [callback] if name == CQAT or name.startswith("priced") else []
-    epochs, lr = (12, 1e-3) if kind(name) == "priced" else (2, 3e-4)
+    callbacks = [callback] if name == CQAT or (priced and rules is not None) else []
+    epochs, lr = (12, 1e-3) if priced else (2, 3e-4)
     train_(model, data, seed, epochs=epochs, lr=lr, schedule="cosine", callbacks=callbacks)
     reached = accuracy(model, loader(data.test, 1000))
     if name.startswith("float"):
@@ -146,12 +164,15 @@ def measure(data: Data, seed: int, batch_norm: bool, name: str) -> dict[str, Any
         path = Path(folder) / "model.tflite"
         done = to_tflite(model, calibration[:1], path, calibration=[calibration])
         report = vela(path, output_dir=folder)
-        percent = accuracy(of_tflite(done, model, [calibration]), loader(data.test, 1000))
+        file = of_tflite(done, model, [calibration])
+        percent = accuracy(file, loader(data.test, 1000))
+        chosen_on = {"val_accuracy": accuracy(file, loader(held_out, 1000))} if held_out else {}
     return {
         "point": name,
         "seed": seed,
         "batch_norm": batch_norm,
         "accuracy": reached,
+        **chosen_on,
         "int8_accuracy": percent,
         "flash_kib": report.flash_bytes / 1024,
         "encoded_kib": report.encoded_weight_bytes / 1024,

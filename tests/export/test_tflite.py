@@ -558,3 +558,17 @@ def test_inspecting_something_else_is_refused(content: bytes, tmp_path: Path) ->
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"x.tflite: not a TFLite file"):
         inspect_tflite(path)
+
+
+@pytest.mark.parametrize("stripped", [False, True])
+def test_a_clustered_bias_is_no_weight_with_codes(stripped: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 16, 8))
+    cluster_(model.eval(), {"*": 5, "*.bias": 3}, codebook_dtype="int8")
+    if stripped:
+        strip_(model)
+    images = torch.randn(16, 2, 6, 6)
+    done = to_tflite(model, images[:1], tmp_path / "m.tflite", calibration=[images])
+    assert [row.parameter for row in done.tensors] == ["0.weight", "3.weight"]
+    assert done.sqnr_db is not None
+    assert done.sqnr_db > 25

@@ -16,22 +16,25 @@ model does not run are fitted as they would be without inputs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchclust.data_aware.batches import calls
+from torchclust.data_aware.batches import Call, calls
 from torchclust.data_aware.blocks import evaluating, find_blocks
 from torchclust.data_aware.compensation import Book, Target, compensate
+from torchclust.data_aware.curvature import Curvature, curvatures, unit_of_price
 from torchclust.data_aware.input_moments import InputMoments
 from torchclust.data_aware.layers import Layer, Side, inputs_of, layers_run, norms_behind, within
 from torchclust.fitting.worth import without_noise
 from torchclust.progress import track
 from torchclust.weight.codebooks import relative_error
 from torchclust.weight.parametrization import fit_weight, make_clustered_weight
+
+_HIGHEST = 0.25  # rate in one layer: beyond, its error is too large for a derivative to tell
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,15 @@ def fit_to_inputs(
             if layer.name not in planned:
                 weights[layer.name] = _write(layer, _fit(layer, layer.importance, seed))
         norms = norms_behind(twin, [y.module for y in layers], lambda: batches[0].of(twin))
+        prices = _prices(model, [y for _, found in plan for y in found], batches)
         before, after = Side(model, batches), Side(twin, batches)
         for block, found in track(plan, "Fitting codebooks"):
             before.enter(block)
             after.enter(block)
             for layer in found:
                 pairs = inputs_of(layer, before, after)
-                weights[layer.name] = _fit_observed(layer, pairs, norms.get(layer.module), seed)
+                norm, price = norms.get(layer.module), prices.get(layer.name)
+                weights[layer.name] = _fit_observed(layer, pairs, norm, price, seed)
     present, clustered = model.state_dict(), {id(y.weight) for y in layers}
     corrected = {
         name: value.detach()
@@ -90,8 +95,33 @@ def fit_to_inputs(
     return Fits(weights, corrected)
 
 
+@dataclass(frozen=True, eq=False)
+class _Price:
+    """Of a bit in one layer: `bit` in units of the squared error of the model's outputs."""
+
+    bit: float
+    curvature: Curvature
+
+
+def _prices(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Call]
+) -> dict[str, _Price]:
+    """The layers whose bits have a price, as far as the outputs tell what their errors do."""
+    priced = {y.name: y for y in layers if y.compensates and y.config.rate}
+    if not priced:
+        return {}
+    modules = {name: model.get_submodule(y.path) for name, y in priced.items()}
+    found = {n: c for n, c in curvatures(model, modules, batches).items() if c.power > 0}
+    unit = unit_of_price(found, {name: y.weight.numel() for name, y in priced.items()})
+    return {name: _Price(priced[name].config.rate * unit, c) for name, c in found.items()}
+
+
 def _fit_observed(
-    layer: Layer, pairs: Iterable[tuple[Tensor, Tensor]], norm: nn.Module | None, seed: int
+    layer: Layer,
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    norm: nn.Module | None,
+    price: _Price | None,
+    seed: int,
 ) -> dict[str, Tensor]:
     if not layer.compensates:
         return _write(layer, _fit(layer, _by_input_channel(layer, pairs), seed))
@@ -101,19 +131,26 @@ def _fit_observed(
     row_weight = _row_weight(layer, norm)
     kept = without_noise(weight, moments.by_column(moments.spread(absorbs), row_weight, weight))
     layer.weight.data = kept
+    if price is not None:
+        row_weight = _by_importance(layer, price.curvature.squares.float())
     row_weight = row_weight.clamp_min(1e-4)
     alive = kept.flatten(1).any(1).view(-1, *[1] * (weight.dim() - 1))
     targets = moments.targets(weight * alive, row_weight, centred=absorbs, anchor=kept)
     columns = torch.stack([t.hessian.diagonal() for t in targets])
-    tensors = _fit(layer, moments.by_column(columns, row_weight, weight), seed)
-    book = _book(layer, tensors)
     zeros = (kept == 0) & (layer.config.preserve_sparsity | (weight != 0) | ~alive)
-    zero = zeros.flatten(1).T
+    zero, importance = zeros.flatten(1).T, moments.by_column(columns, row_weight, weight)
     if layer.config.rate:
-        price, start = _price(targets, layer), _fitted_indices(layer, tensors)
-        book, indices = compensate(targets, book, zero, price, start.flatten(1).T)
+        own = _variance(targets, layer)
+        bit = layer.config.rate * own
+        if price is not None:
+            scale = float(price.curvature.squares.mean()) * moments.scale(centred=absorbs)
+            bit = min(price.bit / scale, max(_HIGHEST, layer.config.rate) * own)
+        tensors = _fit_at(layer, bit / own if own else layer.config.rate, importance, seed)
+        start = _fitted_indices(layer, tensors)
+        book, indices = compensate(targets, _book(layer, tensors), zero, bit, start.flatten(1).T)
     else:
-        book, indices = compensate(targets, book, zero)
+        tensors = _fit(layer, importance, seed)
+        book, indices = compensate(targets, _book(layer, tensors), zero)
     tensors = _with_book(layer, tensors, book, indices.T.contiguous().view(weight.shape))
     layer.weight.data = weight.clone()
     tensors = _write(layer, tensors)
@@ -122,8 +159,17 @@ def _fit_observed(
     return tensors
 
 
-def _price(targets: Sequence[Target], layer: Layer) -> float:
-    """Of a bit, from the rate: what the layer's output varies by with its weight, per weight."""
+def _fit_at(layer: Layer, rate: float, importance: Tensor, seed: int) -> dict[str, Tensor]:
+    """Fit at another rate than the configuration's, which is what training will charge."""
+    priced = replace(layer, config=replace(layer.config, rate=rate))
+    tensors = _fit(priced, importance, seed)
+    if "bit_price" in tensors:
+        tensors["bit_price"] = tensors["bit_price"] * (layer.config.rate / rate)
+    return tensors
+
+
+def _variance(targets: Sequence[Target], layer: Layer) -> float:
+    """What the layer's output varies by with its weight, per weight, if inputs were independent."""
     power, start = 0.0, 0
     rows = layer.weight.detach().float().flatten(1)
     for target in targets:
@@ -131,7 +177,7 @@ def _price(targets: Sequence[Target], layer: Layer) -> float:
         by_row = part.square() @ target.hessian.diagonal()
         power += float((by_row * target.row_weight).sum(dtype=torch.float64))
         start += len(part)
-    return layer.config.rate * power / rows.numel()
+    return power / rows.numel()
 
 
 def _fitted_indices(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -172,6 +218,11 @@ def _row_weight(layer: Layer, norm: nn.Module | None) -> Tensor:
     if isinstance(norm, _BatchNorm) and norm.running_var is not None:
         gamma = 1.0 if norm.weight is None else norm.weight.float().square()
         rows = rows * gamma / (norm.running_var.float() + norm.eps)
+    return _by_importance(layer, rows)
+
+
+def _by_importance(layer: Layer, rows: Tensor) -> Tensor:
+    """Channels' weights with what the caller said of them, mean 1."""
     if layer.importance is not None:
         rows = rows * layer.importance.detach().float().flatten(1).mean(1).to(rows)
     if not rows.sum() > 0:

@@ -78,8 +78,7 @@ class InputMoments:
         if centred:
             zz = zz - self.z[:, :, None] * self.z[:, None]
             xz = xz - self.x[:, :, None] * self.z[:, None]
-        size = _mean_diagonal(zz) + _ROUNDING * _mean_diagonal(self.zz)
-        size = torch.where(size > 0, size, 1)  # inputs that are all zero tell nothing
+        size = self._sizes(centred)
         unit = size[:, None, None]  # float32 cannot hold the square of every activation
         damping = _enough_damping(zz / unit)
         diagonal = damping * torch.eye(zz.shape[1], dtype=zz.dtype, device=zz.device)
@@ -91,6 +90,17 @@ class InputMoments:
                 zz / unit + diagonal, pull, (row_weight * weights).chunk(groups), strict=True
             )
         ]
+
+    def scale(self, *, centred: bool) -> float:
+        """The squared output error, per unit of what the `targets` count, at a row weight of 1."""
+        return float(self._sizes(centred).mean())
+
+    def _sizes(self, centred: bool) -> Tensor:
+        """`(groups,)` mean squares of the inputs."""
+        power = self.zz.diagonal(dim1=1, dim2=2)
+        varying = power - self.z.square() if centred else power
+        size = varying.mean(1) + _ROUNDING * power.mean(1)
+        return torch.where(size > 0, size, 1)  # inputs that are all zero tell nothing
 
     def shift(self, clustered: Tensor, weight: Tensor) -> Tensor:
         """`(rows,)` by how much the mean output has grown."""
@@ -112,10 +122,6 @@ class InputMoments:
 
     def _rows(self, weight: Tensor) -> Tensor:
         return weight.detach().double().reshape(len(self.x), -1, self.x.shape[1])
-
-
-def _mean_diagonal(matrices: Tensor) -> Tensor:
-    return matrices.diagonal(dim1=1, dim2=2).mean(1)
 
 
 def _columns(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:

@@ -55,16 +55,18 @@ def trained_codes(model: nn.Module, prepared: Prepared) -> list[Trained]:
     """What every clustered parameter's codes are, in the converted module's column order.
 
     Clusterings are asked where the model has them; a model without any was stripped, or never
-    clustered, and its values tell which.
+    clustered, and its values tell which. Vectors have no codes: a bias is 32 bits wide in a file,
+    of a scale that its layer's input decides.
     """
-    plain = dict(prepared.original.named_parameters())
+    plain = {n: p for n, p in prepared.original.named_parameters() if p.ndim > 1}
     axes = {name: _channel_axis(prepared.original, name) for name in plain}
     found: list[Trained | None] = [
         _from_clustering(name, clustering, plain[name].numpy(), axes[name])
         for name, clustering in named_clusterings(model)
+        if name in plain
     ]
     if not found:
-        found = [recover(name, p.numpy(), axes[name]) for name, p in plain.items() if p.ndim > 1]
+        found = [recover(name, p.numpy(), axes[name]) for name, p in plain.items()]
     known = [_spread(t, prepared.dilations.get(t.name)) for t in found if t is not None]
     return [_with_columns(t, prepared.columns.get(t.name)) for t in known]
 
