@@ -115,7 +115,9 @@ def compressed(net: nn.Module, images: Tensor, args: argparse.Namespace, rate: f
     first = {"n_clusters": args.clusters, "rate": rate * args.first}
     cluster_(net, {"*": args.clusters, "conv1.weight": first}, rate=rate, inputs=centred(images))
     if args.bias_clusters:
-        cluster_(net, {"*": None, "*.bias": args.bias_clusters})
+        biases = [n for n, p in net.named_parameters() if n.endswith("bias")]
+        worth = [n for n in biases if net.get_parameter(n).numel() >= 4 * args.bias_clusters]
+        cluster_(net, {"*": None, **dict.fromkeys(worth, args.bias_clusters)})
     return net
 
 
