@@ -11,8 +11,9 @@ import torch
 
 from torchclust.zoo.dataset import DataError
 from torchclust.zoo.keywords import CLASSES
+from torchclust.zoo.mel_energies import wake_word_energies
 from torchclust.zoo.mfcc import mfcc
-from torchclust.zoo.recordings import LABELS, fsdd, speech_commands
+from torchclust.zoo.recordings import LABELS, fsdd, speech_commands, wake_word
 
 
 def write_wav(file: Path, samples: np.ndarray, rate: int) -> None:
@@ -91,6 +92,24 @@ def test_speech_commands_as_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert names == ["go", "yes", "unknown", "silence"]
     np.testing.assert_array_equal(data.test.features[0, 0], mfcc(tone(400)))
     assert sorted(LABELS) == sorted(CLASSES)
+
+
+def test_wake_word_as_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "speech"
+    for word in ("yes", "marvin"):
+        for number in range(3):
+            write_wav(root / word / f"{number}.wav", tone(200 + 100 * number), 16000)
+    write_wav(root / "_background_noise_" / "hum.wav", tone(50, seconds=2), 16000)
+    (root / "testing_list.txt").write_text("marvin/2.wav\nyes/2.wav\n")
+    (root / "validation_list.txt").write_text("yes/1.wav\n")
+    data = wake_word(root)
+    assert (data.input_shape, data.n_classes) == ((40, 30, 1), 3)
+    assert data.test.labels.tolist() == [0, 2, 1]  # marvin, something else, silence
+    assert sorted(data.train.labels.tolist()) == [0, 0, 1, 1, 2]
+    np.testing.assert_array_equal(data.test.features[0, :, :, 0], wake_word_energies(tone(400)))
+    with pytest.raises(DataError, match=r"cannot read testing_list\.txt.*--set data\.root="):
+        wake_word(tmp_path)
 
 
 def test_speech_commands_missing(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from torchclust.zoo.dataset import Data, DataError, ImageArrays, ImageFolder, Spectrograms
 from torchclust.zoo.pictures import cifar10, visual_wake_words
-from torchclust.zoo.recordings import fsdd, speech_commands
+from torchclust.zoo.recordings import fsdd, speech_commands, wake_word
 
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")
 
@@ -125,6 +125,7 @@ DATASETS: dict[str, Callable[..., Data]] = {
         visual_wake_words,
         speech_synthetic,
         speech_commands,
+        wake_word,
         fsdd,
     )
 }

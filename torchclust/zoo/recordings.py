@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from torchclust.zoo.dataset import Data, DataError, Spectrograms
 from torchclust.zoo.keywords import CLASSES, Floats
+from torchclust.zoo.mel_energies import wake_word_energies
 from torchclust.zoo.mfcc import mfcc
 from torchclust.zoo.speech import read_wav, recorded
 
@@ -41,6 +42,17 @@ def speech_commands(root: Path) -> Data:
     train, test = recorded(root, 0, mfcc)
     order = np.array([LABELS.index(name) for name in CLASSES])
     return _data(train.features, order[train.labels], test.features, order[test.labels], 12)
+
+
+def wake_word(root: Path) -> Data:
+    """Load "marvin", silence and other words of Speech Commands v0.02 as energies (40, 30, 1).
+
+    `root` is the folder as Google ships it; the classes are in the order of MLPerf Tiny's streaming
+    wake word network, and each has as many clips as there are of the word.
+    """
+    train, test = recorded(root, 0, wake_word_energies, ("marvin",))
+    shown = [Spectrograms(part.features[..., None], part.labels) for part in (train, test)]
+    return Data(shown[0], shown[1], (*train.features.shape[1:], 1), 3)
 
 
 def fsdd(root: Path) -> Data:

@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 
 from torchclust.zoo.dataset import DataError
 from torchclust.zoo.keywords import (
-    CLASSES,
     OTHER_WORDS,
     RATE,
     WORDS,
@@ -77,12 +76,15 @@ def synthetic(n_train: int, n_test: int, seed: int, processes: int = 2) -> tuple
     return _as_parts(_cached("speech_synthetic", depends, compute))
 
 
-def recorded(root: Path, seed: int, front_end: FrontEnd = features) -> tuple[Part, Part]:
+def recorded(
+    root: Path, seed: int, front_end: FrontEnd = features, words: Sequence[str] = WORDS
+) -> tuple[Part, Part]:
     """Return the training and the test set of Speech Commands v0.02 as it is unpacked in `root`.
 
-    The test set is ``testing_list.txt``; what ``validation_list.txt`` names is in neither. Clips of
-    the 25 other words (class "unknown") and stretches of background noise ("silence") are drawn,
-    seeded, so that each of the two has as many clips as a keyword has on average.
+    Classes are the `words`, then silence, then unknown. The test set is ``testing_list.txt``; what
+    ``validation_list.txt`` names is in neither. Clips of the other words (class "unknown") and
+    stretches of background noise ("silence") are drawn, seeded, so that each of the two has as many
+    clips as a keyword has on average.
 
     Raises:
         DataError: `root` is not such a folder, or a file in it is no 16 kHz recording.
@@ -104,11 +106,13 @@ def recorded(root: Path, seed: int, front_end: FrontEnd = features) -> tuple[Par
 
     def compute() -> dict[str, NDArray[Any]]:
         parts = ((train, seed), (test, seed + 1))
-        return _as_arrays(*(_read_all(root, clips, seed, front_end) for clips, seed in parts))
+        return _as_arrays(
+            *(_read_all(root, clips, seed, front_end, words) for clips, seed in parts)
+        )
 
     listed = hashlib.sha256("\n".join([*train, "", *test]).encode()).hexdigest()
     version = front_end_version() if front_end is features else front_end.__name__
-    depends = [_RECIPE, str(root.resolve()), listed, seed, version]
+    depends = [_RECIPE, str(root.resolve()), listed, seed, version, *words]
     return _as_parts(_cached("speech_commands", depends, compute))
 
 
@@ -165,21 +169,21 @@ def _listed(root: Path, name: str) -> set[str]:
 
 
 def _read_all(
-    root: Path, clips: Sequence[str], seed: int, front_end: FrontEnd
+    root: Path, clips: Sequence[str], seed: int, front_end: FrontEnd, words: Sequence[str]
 ) -> list[tuple[Floats, int]]:
     """Return keywords as they are listed, and as many unknown words and silences as a word has."""
     rng = np.random.default_rng(seed)
-    known = [clip for clip in clips if clip.partition("/")[0] in WORDS]
-    others = [clip for clip in clips if clip.partition("/")[0] in OTHER_WORDS]
-    share = max(1, len(known) // len(WORDS))
+    known = [clip for clip in clips if clip.partition("/")[0] in words]
+    others = [clip for clip in clips if clip.partition("/")[0] not in words]
+    share = max(1, len(known) // len(words))
     chosen = sorted(rng.permutation(len(others))[:share].tolist())
-    named = [(clip, WORDS.index(clip.partition("/")[0])) for clip in known]
-    named += [(others[i], CLASSES.index("unknown")) for i in chosen]
+    named = [(clip, words.index(clip.partition("/")[0])) for clip in known]
+    named += [(others[i], len(words) + 1) for i in chosen]
     found = [(front_end(_second(read_wav(root / clip))), label) for clip, label in named]
     noises = [read_wav(file) for file in sorted((root / "_background_noise_").glob("*.wav"))]
     if noises:
         silences = (_stretch(noises, rng) for _ in range(share))
-        found += [(front_end(clip), CLASSES.index("silence")) for clip in silences]
+        found += [(front_end(clip), len(words)) for clip in silences]
     return found
 
 
