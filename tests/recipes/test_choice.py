@@ -363,7 +363,10 @@ def test_labels_are_not_read_for_a_budget(tmp_path: Path, monkeypatch) -> None:
     ("section", "message"),
     [
         ({"budget": 8, "max_accuracy_drop": 1}, r"either budget \(8\) or max_accuracy_drop \(1\)"),
-        ({"budget": 8, "n_clusters": 16}, r"budget chooses n_clusters .* leave n_clusters \(16\)"),
+        (
+            {"budget": 8, "n_clusters": 9, "rate": 0.1},
+            r"chooses the rate where .* rate \(0.1\) out",
+        ),
         ({"max_accuracy_drop": 1, "n_clusters": 4}, "max_accuracy_drop chooses n_clusters"),
         ({"budget": 0}, "cluster.budget: should be greater than 0, got 0"),
         ({"budget": "8 KiB"}, "cluster.budget: should be a valid number, got '8 KiB'"),

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchclust.allocation.encoded_size import Measure, entropy_bytes, int8_codes, vela_bytes
+from torchclust.allocation.encoded_size import (
+    Measure,
+    encoded_bytes,
+    entropy_bytes,
+    int8_codes,
+    vela_bytes,
+)
 from torchclust.allocation.sensitivity import candidates
 from torchclust.export.lookup_tables import MOST_BITS, OVERHEAD, encode
+from torchclust.export.tflite import to_tflite
+from torchclust.export.vela import vela
 from torchclust.model.clustering import Clustering
+from torchclust.model.slots import decisions
 from torchclust.recipes.schema import Recipe
 from torchclust.weight.config import ClusterConfig, CodebookDtype
 
@@ -38,6 +50,24 @@ def measure_of(recipe: Recipe) -> Measure:
     if recipe.vela is not None:
         return vela_bytes
     return table_bytes if recipe.tflm is not None else entropy_bytes
+
+
+def sizes_in_file(recipe: Recipe, network: nn.Module, inputs: Sequence[Tensor]) -> dict[str, int]:
+    """Return the bytes of a network's weight tensors, which add up to what the file really takes.
+
+    Where the recipe compiles, the compiler says what that is, all that it adds to the tensors and
+    cuts out of them included; its figure is shared out by what its encoder makes of each tensor.
+    """
+    names = [name for name, value, _ in decisions(network) if value.dim() > 1]
+    sizes = encoded_bytes(network, measure_of(recipe), names)
+    if recipe.vela is None:
+        return sizes
+    with tempfile.TemporaryDirectory() as folder:
+        path, options = Path(folder) / "int8.tflite", recipe.vela.model_dump(exclude_none=True)
+        to_tflite(network, tuple(column[:1] for column in inputs), path, calibration=[inputs])
+        whole = vela(path, output_dir=folder, **options).encoded_weight_bytes
+    factor = whole / max(1, sum(sizes.values()))
+    return {name: round(size * factor) for name, size in sizes.items()}
 
 
 def codebooks_of(recipe: Recipe) -> tuple[CodebookDtype, ...]:

@@ -1,4 +1,4 @@
-"""A recipe's ``cluster.budget`` and ``cluster.max_accuracy_drop``: a number of clusters per tensor.
+"""A recipe's ``cluster.budget`` and ``cluster.max_accuracy_drop``: what each tensor is to cost.
 
 Every free tensor is clustered alone into each of several numbers of clusters, which gives bytes and
 loss (`torchclust.allocation.sensitivity`); `torchclust.allocation.knapsack` shares the budget. What
@@ -28,6 +28,7 @@ from torchclust.model.clustering import named_clusterings
 from torchclust.model.slots import decisions
 from torchclust.recipes.chip import measure_of, ways
 from torchclust.recipes.prepare import clustered_copy
+from torchclust.recipes.price import within_budget
 from torchclust.recipes.schema import ClusterSection, Recipe, RecipeError
 from torchclust.weight.config import ClusterConfig
 
@@ -37,6 +38,7 @@ _ROUNDS = 3  # of fine-tuning and correcting; one is usual
 _FIRST = 0.99  # of the budget: what is filled at first, as fine-tuning may add a little
 _BETTER = 0.9  # of the loss: what makes another round worth its time
 _KIB = 1024
+_TRAINED, _FITTED = 0.1, 0.02  # rates to try first: where weights move by it, where they do not
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Chosen:
     """What was chosen: the rules to run with, and what each tensor costs.
 
     Attributes:
-        section: the recipe's section ``cluster`` with the choice as rules.
+        section: the recipe's section ``cluster`` with the choice as rules, or as its rate.
         allocation: the choice of every weight tensor (two dimensions or more).
     """
 
@@ -78,7 +80,8 @@ class Chosen:
         """Return rules and tensors as plain values."""
         tensors = {name: dataclasses.asdict(c) for name, c in self.allocation.items()}
         rules = dict(self.section.rules)
-        return {"rules": rules, "encoded_bytes": self.n_bytes, "tensors": tensors}
+        found = {"rules": rules, "encoded_bytes": self.n_bytes, "tensors": tensors}
+        return {**found, "rate": self.section.rate} if self.section.rate else found
 
 
 def tensor_configs(recipe: Recipe, model: nn.Module) -> tuple[dict[str, ClusterConfig], set[str]]:
@@ -152,6 +155,32 @@ def choose(
 
     assert section.max_accuracy_drop is not None
     return _within_drop(section.max_accuracy_drop, curves, section_of, lost)
+
+
+def choose_price(recipe: Recipe, sizes_of: Callable[[ClusterSection], dict[str, int]]) -> Chosen:
+    """Choose the price of a bit, one for all tensors, that the budget asks for.
+
+    Args:
+        recipe: whose section ``cluster`` has a `budget` and `n_clusters`.
+        sizes_of: clusters and fine-tunes with another section ``cluster``, and counts each
+            tensor's bytes.
+
+    Raises:
+        RecipeError: no price is high enough; the text says what the least was.
+    """
+    section = recipe.cluster
+    assert section is not None
+    assert section.budget is not None
+    found: dict[float, dict[str, int]] = {}
+
+    def count(rate: float) -> int:
+        found[rate] = sizes_of(section.at(rate))
+        return max(1, sum(found[rate].values()))
+
+    learns = section.assignment == "nearest" and recipe.finetune is not None
+    rate = within_budget(section.budget * _KIB, count, _TRAINED if learns else _FITTED)
+    allocation = {name: Choice(None, size, 0.0) for name, size in found[rate].items()}
+    return Chosen(section.at(rate), allocation)
 
 
 def _within_budget(

@@ -213,7 +213,9 @@ def markdown(report: Report) -> str:
     ]
     lines += ["", "## Tensors", "", *_tensor_table(report)]
     if report["chosen"]:
-        lines += ["", "## Numbers of clusters that were chosen", "", *_chosen(report["chosen"])]
+        priced = "rate" in report["chosen"]
+        what = "Price of a bit that was" if priced else "Numbers of clusters that were"
+        lines += ["", f"## {what} chosen", "", *_chosen(report["chosen"])]
     lines += ["", "## How this was made", "", *_provenance(report)]
     return "\n".join(lines) + "\n"
 
@@ -261,6 +263,14 @@ def _tensor_table(report: Report) -> list[str]:
 
 def _chosen(chosen: dict[str, Any]) -> list[str]:
     """Return what the choice costs tensor by tensor, and how to run with it."""
+    if "rate" in chosen:
+        sizes = [(f"`{name}`", _kib(c["n_bytes"])) for name, c in chosen["tensors"].items()]
+        return [
+            f"`rate: {chosen['rate']:.4g}`; `torchclust run chosen.yaml` runs with it and chooses "
+            "nothing.",
+            "",
+            *_table(("tensor", "encoded"), [*sizes, ("together", _kib(chosen["encoded_bytes"]))]),
+        ]
     rows = [
         (f"`{name}`", _clusters(c), _kib(c["n_bytes"]), f"{c['loss']:.4f}")
         for name, c in chosen["tensors"].items()

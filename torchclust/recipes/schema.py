@@ -61,7 +61,7 @@ class ClusterSection(Section):
 
     With `budget` or `max_accuracy_drop` in the place of `n_clusters`, every tensor gets the number
     of its own that is best for the whole (`torchclust.recipes.choice`); those that `rules` give one
-    keep it.
+    keep it. With `n_clusters` a `budget` stands in the place of `rate`.
     """
 
     n_clusters: int = Field(16, description="most distinct values per codebook, 2 to 256")
@@ -79,7 +79,7 @@ class ClusterSection(Section):
         description="pattern of parameter names, or class name -> int, fields, or null",
     )
     budget: float | None = Field(
-        None, gt=0, description="KiB for all encoded weights; chooses n_clusters for each tensor"
+        None, gt=0, description="KiB for all encoded weights; chooses rate, or all n_clusters"
     )
     max_accuracy_drop: float | None = Field(
         None, gt=0, description="points; chooses the smallest n_clusters that keep within it"
@@ -87,8 +87,23 @@ class ClusterSection(Section):
 
     @property
     def chooses(self) -> bool:
-        """Whether numbers of clusters are to be chosen."""
+        """Whether numbers of clusters, or a price, are to be chosen."""
         return self.budget is not None or self.max_accuracy_drop is not None
+
+    @property
+    def prices(self) -> bool:
+        """Whether the price of a bit is to be chosen."""
+        return self.budget is not None and "n_clusters" in self.model_fields_set
+
+    @property
+    def in_short(self) -> str:
+        """What was chosen, where something is to be chosen."""
+        rules = [f"{name} {rule}" for name, rule in self.rules.items()]
+        return ", ".join([f"rate {self.rate:.4g}"] * (self.rate > 0) + rules)
+
+    def at(self, rate: float) -> ClusterSection:
+        """Return the section at this price, with nothing left to choose."""
+        return self.model_copy(update={"budget": None, "rate": rate})
 
     def with_rules(self, rules: Mapping[str, Any]) -> ClusterSection:
         """Return the section with these rules added and nothing left to choose."""
@@ -112,7 +127,7 @@ class ClusterSection(Section):
     @model_serializer(mode="wrap")
     def _without_what_is_chosen(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = dump(self)
-        if self.chooses:
+        if self.chooses and not self.prices:
             fields.pop("n_clusters")
             if "codebook_dtype" not in self.model_fields_set:  # then it may be chosen, too
                 fields.pop("codebook_dtype")
@@ -133,10 +148,14 @@ class ClusterSection(Section):
                 f"give either budget ({self.budget:g}) or max_accuracy_drop "
                 f"({self.max_accuracy_drop:g}), not both"
             )
-        if self.chooses and "n_clusters" in self.model_fields_set:
-            key = "budget" if self.budget is not None else "max_accuracy_drop"
+        if self.prices and self.rate:
             raise ValueError(
-                f"{key} chooses n_clusters for every tensor: leave n_clusters "
+                f"budget chooses the rate where n_clusters is given: leave rate ({self.rate:g}) "
+                "out, or n_clusters (--set cluster.n_clusters=null) to choose that"
+            )
+        if self.max_accuracy_drop is not None and "n_clusters" in self.model_fields_set:
+            raise ValueError(
+                "max_accuracy_drop chooses n_clusters for every tensor: leave n_clusters "
                 f"({self.n_clusters}) out (--set cluster.n_clusters=null), or give single "
                 "tensors theirs under rules"
             )

@@ -27,11 +27,11 @@ from torchclust.lightning.trees import Callback
 from torchclust.model.clustering import named_clusterings
 from torchclust.model.restore import restore_
 from torchclust.recipes import choice
-from torchclust.recipes.chip import codebooks_of, measure_of
+from torchclust.recipes.chip import codebooks_of, measure_of, sizes_in_file
 from torchclust.recipes.kept import Result, Stages, origin
 from torchclust.recipes.prepare import Prepared, cluster_network_
 from torchclust.recipes.schema import ClusterSection, Schedule
-from torchclust.recipes.task import Task
+from torchclust.recipes.task import Task, as_batches
 from torchclust.recipes.training import GradualPruning, LowerRates, fit
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def train_networks(prepared: Prepared, stages: Stages) -> Networks:
     """Run the stages ``train``, ``control``, ``prune``, ``cluster`` and ``finetune``.
 
     Where the recipe leaves numbers of clusters to be chosen, ``sensitivity`` comes before
-    ``cluster``, and these two and ``finetune`` may run several times.
+    ``cluster``, and these two and ``finetune`` may run several times, for a price as well.
     """
     recipe, training = prepared.recipe, Training(prepared, stages)
     task = prepared.task
@@ -110,7 +110,7 @@ def train_networks(prepared: Prepared, stages: Stages) -> Networks:
         accuracy["clustered"] = accuracy["before_finetune"]
         if recipe.finetune is not None and recipe.finetune.epochs:
             compressed, accuracy["clustered"] = training.finetune(compressed, trained)
-    if chosen is not None:
+    if chosen is not None and recipe.cluster is not None and not recipe.cluster.prices:
         network, measure = task.network(compressed), measure_of(recipe)
         chosen = chosen.measured(encoded_bytes(network, measure, chosen.allocation))
     modules = {"trained": trained, "control": control, "compressed": compressed}
@@ -153,20 +153,27 @@ class Training:
         return Training(replace(self.prepared, recipe=recipe), self.stages)
 
     def choose(self, start: LightningModule, trained: LightningModule) -> choice.Chosen:
-        """Return a number of clusters for each tensor, within the recipe's budget."""
-        finetune, seed = self.recipe.finetune, self.recipe.seed
+        """Return numbers of clusters, or the price of a bit, within the recipe's budget."""
+        section, seed = self.recipe.cluster, self.recipe.seed
+        assert section is not None
 
         def train(section: ClusterSection) -> nn.Module:
+            self.stages.say(f"  {section.in_short}")
             training = self.clustering_with(section)
-            numbers = ", ".join(f"{name} {rule}" for name, rule in section.rules.items())
-            self.stages.say(f"  {numbers}")
             module, _ = training.cluster(start)
+            finetune = self.recipe.finetune
             if finetune is not None and finetune.epochs:
                 module, _ = training.finetune(module, trained)
             return self.task.network(module)
 
+        if section.prices:
+            samples = self.recipe.export.calibration_samples if self.recipe.export else 1
+            inputs = self.task.inputs(start, samples, seed)
+            return choice.choose_price(
+                self.recipe, lambda section: sizes_in_file(self.recipe, train(section), inputs)
+            )
         labelled: list[Any] = []
-        if self.recipe.cluster and self.recipe.cluster.max_accuracy_drop is not None:
+        if section.max_accuracy_drop is not None:
             labelled = self.task.training_batches(choice.LABELLED, seed)
 
         def lost(section: ClusterSection) -> float:
@@ -318,13 +325,3 @@ class Training:
         result = self.stages.result(name, [self.origin, depends], compute)
         module = restore_(copy.deepcopy(self.task.module), result["state"]).eval()
         return module, result["accuracy"]
-
-
-def as_batches(inputs: tuple[Tensor, ...] | None) -> Any:
-    """Return inputs as `cluster_` and `distill_` take them: a tensor, or tuples of a few samples.
-
-    Tuples are nested, which says that all that is in them is an input.
-    """
-    if inputs is None or len(inputs) == 1:
-        return inputs[0] if inputs else None
-    return [(part,) for part in zip(*(column.split(32) for column in inputs), strict=True)]

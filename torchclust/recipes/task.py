@@ -174,3 +174,13 @@ def _never_called(exports: str) -> str:
         f"module.exports: {name} is never called when the module is judged, so its file can not be "
         "judged either; name the submodule that test_step calls"
     )
+
+
+def as_batches(inputs: tuple[Tensor, ...] | None) -> Any:
+    """Return inputs as `cluster_` and `distill_` take them: a tensor, or tuples of a few samples.
+
+    Tuples are nested, which says that all that is in them is an input.
+    """
+    if inputs is None or len(inputs) == 1:
+        return inputs[0] if inputs else None
+    return [(part,) for part in zip(*(column.split(32) for column in inputs), strict=True)]

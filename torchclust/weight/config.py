@@ -50,9 +50,11 @@ class ClusterConfig:
         rate: what a bit costs, at least 0: codebooks are fitted, weights assigned anew and, with
             ``"nearest"``, trained for fewer bits as well as for less error. In units of the
             weight's variance per bit and weight where weights are fitted and assigned
-            (`torchclust.fit_codebook`), of the loss where they train (`torchclust.charge_`). With
-            ``"nearest"`` and the inits ``"optimal"`` and ``"linear"`` codebooks start evenly
-            spaced, in the step that pays (`torchclust.fitting.even`), and stand still.
+            (`torchclust.fit_codebook`), of the loss where they train (`torchclust.charge_`), and
+            with ``cluster_(inputs=)`` of what the weights' variances, on the geometric mean, are
+            worth to the model's outputs. With ``"nearest"`` and the inits ``"optimal"`` and
+            ``"linear"`` codebooks start evenly spaced, in the step that pays
+            (`torchclust.fitting.even`), and stand still.
 
     Raises:
         TypeError, ValueError: naming the field, the value given and what is valid.
