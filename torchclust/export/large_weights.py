@@ -20,7 +20,7 @@ _LARGEST_BYTES = 32 << 20
 
 
 def set_aside(
-    content: bytes, graph: Graph, scales: Mapping[int, Array]
+    content: bytearray, graph: Graph, scales: Mapping[int, Array]
 ) -> tuple[bytes, dict[str, Array]]:
     """The float file without its large weights, and their integers by the tensors' names.
 
@@ -33,11 +33,12 @@ def set_aside(
         tensor, scale = weight.tensor, scales.get(weight.tensor.index)
         if scale is None or len(tensor.shape) < 3 or _bytes(tensor.data) <= _LARGEST_BYTES:
             continue
-        steps = np.rint(tensor.data / weight.by_channel(scale))
-        integers[tensor.name] = np.clip(steps, -LARGEST, LARGEST).astype(np.int8)
+        steps: Array = tensor.data / weight.by_channel(scale)
+        np.rint(steps, out=steps)
+        integers[tensor.name] = np.clip(steps, -LARGEST, LARGEST, out=steps).astype(np.int8)
         model = model or unpack(content)
         _put(model, tensor.name, weight.by_channel(np.zeros_like(scale)))
-    return (content if model is None else pack(model, len(content))), integers
+    return (bytes(content) if model is None else pack(model, len(content))), integers
 
 
 def put_back(content: bytes, integers: Mapping[str, Array]) -> bytes:

@@ -56,7 +56,7 @@ def quantize(
         if scale is not None:
             bound = weight.by_channel(LARGEST * scale)
             ranges[weight.tensor.name] = {"min": -bound, "max": bound}
-    small, large = set_aside(bytes(content), graph, scales)
+    small, large = set_aside(content, graph, scales)
     quantizer, recipe, types = backends.quantizer()
     try:
         with backends.quietly():
