@@ -160,6 +160,10 @@ CONSTRUCTS: dict[str, tuple[Callable[..., Any], list[tuple[list[str], list[str]]
         lambda m, x: F.avg_pool2d(m.c(x), kernel_size=x.shape[-2:]),
         [(["c:conv2d"], []), ([":avg_pool2d"], [])],
     ),
+    "times a factor, a pooling is another tensor": (
+        lambda m, x: (F.avg_pool2d(m.c(x), 2, divisor_override=3), m.d(x)),
+        [(["c:conv2d"], []), ([":avg_pool2d"], []), (["d:conv2d"], [])],
+    ),
     "concatenation unites": (
         lambda m, x: torch.cat([m.c(x), F.relu(m.d(x)), F.max_pool2d(x, 1)], 1)[:, ::2],
         [],

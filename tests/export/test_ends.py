@@ -6,13 +6,20 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from torchclust import cluster_
 from torchclust.export import ExportError, TFLiteExport, to_tflite, vela
+from torchclust.export.container import pack, unpack
+from torchclust.export.editing import Editing
+from torchclust.export.ends import with_integer_ends
 from torchclust.export.file_network import of_tflite
+from torchclust.export.graph import read_graph
+from torchclust.export.layout import channels_last
+from torchclust.export.runner import Runner
 
 IMAGES = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -146,6 +153,55 @@ def test_every_output_is_int8(how: str, tmp_path: Path) -> None:
     for want, y in pairs:
         y = y.view(2, *want.shape)[0] if want.ndim == 1 else y  # one for each sample
         assert (want - y).norm() < 0.1 * want.norm()
+
+
+def a_float_file(folder: Path) -> tuple[bytes, dict[str, tuple[float, float]]]:
+    path = to_tflite(small(), IMAGES, folder / "f", calibration=None, float=True).path
+    content = path.read_bytes()
+    (given,), (made,) = read_graph(content).inputs, read_graph(content).outputs
+    outputs = Runner(content)([channels_last(IMAGES[:1])])[0]
+    return content, {given.name: (0.0, 1.0), made.name: (outputs.min(), outputs.max())}
+
+
+def test_float_ends_become_int8_whatever_is_between(tmp_path: Path) -> None:
+    content, observed = a_float_file(tmp_path)
+    for dtype, zero in (("int8", -128), ("uint8", 0)):
+        changed = with_integer_ends(content, observed, dtype)  # type: ignore[arg-type]
+        graph = read_graph(changed)
+        (given,), (made,) = graph.inputs, graph.outputs
+        assert (given.dtype, made.dtype) == (dtype, "int8")
+        assert (given.scales, given.zero_points) == (np.float32(1 / 255), zero)
+        kinds = [o.name for o in graph.operators]
+        assert kinds[0] == ("QUANTIZE" if dtype == "uint8" else "DEQUANTIZE")
+        assert kinds[-1] == "QUANTIZE"
+        x = [channels_last(IMAGES[:1])]
+        wanted, got = Runner(content)(x)[0], Runner(changed)(x)[0]
+        assert np.abs(wanted - got).max() < 2 * made.scales[0]
+
+
+def test_an_output_that_is_dequantized_last_is_what_it_was(tmp_path: Path) -> None:
+    path = to_tflite(small(), IMAGES, tmp_path / "a", calibration=[IMAGES]).path
+    model = unpack(path.read_bytes())
+    editing = Editing(model, model.subgraphs[0])
+    editing.operators = list(model.subgraphs[0].operators)
+    (last,) = (int(i) for i in model.subgraphs[0].outputs)
+    floats = editing.like(last, editing.shape(last))
+    editing.tensor(floats).type = editing.schema.TensorType.FLOAT32
+    editing.add("DEQUANTIZE", [last], floats)
+    model.subgraphs[0].operators, model.subgraphs[0].outputs = editing.operators, [floats]
+    content = pack(model, 0)
+    assert read_graph(content).outputs[0].dtype == "float32"
+    graph = read_graph(with_integer_ends(content, {}, "int8"))
+    assert [t.index for t in graph.outputs] == [last]
+    kinds = [o.name for o in graph.operators]
+    assert kinds == [o.name for o in read_graph(path.read_bytes()).operators]
+
+
+def test_indices_stay_indices_beside_a_camera(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, ids = nn.Sequential(nn.Embedding(9, 4), nn.Flatten()), torch.randint(0, 9, (16, 3))
+    result = to_tflite(model, ids, tmp_path / "a", calibration=[ids], input_dtype="uint8")
+    assert result.inputs[0].dtype in ("int32", "int64")
 
 
 @pytest.mark.parametrize(

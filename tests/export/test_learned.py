@@ -122,6 +122,25 @@ def test_steps_that_torch_does_not_have_are_named(tmp_path: Path) -> None:
     assert all("ELU" in name for name in result.calibrated)
 
 
+@pytest.mark.parametrize("kernel", [3, 6])
+@pytest.mark.parametrize("divisor", [None, 4])
+def test_a_pooling_is_rounded_where_the_file_rounds_it(
+    kernel: int, divisor: int | None, tmp_path: Path
+) -> None:
+    """Whether it is a MEAN, a pooling or has a factor, training and file decide alike."""
+    torch.manual_seed(0)
+    pool = nn.AvgPool2d(kernel, divisor_override=divisor)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), pool), torch.randn(8, 3, 8, 8)
+    quantize_activations_(model, 2 * x)
+    result = to_tflite(model, x, tmp_path / "m.tflite", calibration=[x])
+    own = kernel == 6 or divisor is not None
+    ranges = activation_ranges(model)
+    low, high = ranges["1:avg_pool2d"]
+    assert ((low, high) != ranges["0:conv2d"]) == own
+    assert result.outputs[0].scale == pytest.approx((high - low) / 255, rel=1e-6)
+    assert ("MEAN" in result.operators) == (kernel == 6)
+
+
 class Whole(nn.Module):
     """Two networks, quantized apart as a training step would, exported as one."""
 

@@ -101,6 +101,7 @@ FUNCTIONS: dict[str, Function] = {
     "amax": lambda y: y.amax((2, 3)),
     "average, ceil": nn.AvgPool2d(3, 2, ceil_mode=True),
     "average, divisor": nn.AvgPool2d(2, divisor_override=3),
+    "average, divisor, of all": lambda y: F.avg_pool2d(y, y.shape[2:], divisor_override=9),
     "average, no padding counted": nn.AvgPool2d(3, 2, 1, count_include_pad=False),
     "average, padding counted": nn.AvgPool2d(3, 2, 1),
     "batch norm": lambda y: BATCH_NORM(y.relu()),
@@ -124,7 +125,11 @@ FUNCTIONS: dict[str, Function] = {
     "nearest, sizes": nn.Upsample(size=(11, 13)),
     "normalize": lambda y: F.normalize(y, dim=1),
     "normalized": lambda y: NORMALIZED(y.relu()),
+    "normalized, in other words": lambda y: 2 * (NORMALIZED.mean.view(8, 1, 1) * y.relu()) + ONE,
+    "one factor": lambda y: y.relu() * ONE,
+    "one per channel, first": lambda y: NORMALIZED.mean[None, :, None, None] * y.relu(),
     "prelu": slopes(),
+    "prelu, one slope": nn.PReLU(),
     "reversed": lambda y: 1 - F.relu(1 - y),
     "selu": nn.SELU(),
     "softplus": nn.Softplus(),
@@ -136,7 +141,7 @@ FUNCTIONS: dict[str, Function] = {
     "transposed, norm": nn.Sequential(nn.ConvTranspose2d(8, 8, 3, 2, 1, 1, 2), nn.BatchNorm2d(8)),
     "transposed, output padding": nn.ConvTranspose2d(8, 8, 3, 2, 1, output_padding=1),
 }
-BATCH_NORM, NORMALIZED = trained_norm(), Normalized()
+BATCH_NORM, NORMALIZED, ONE = trained_norm(), Normalized(), torch.ones(1)
 IN_A_ROW = nn.ConvTranspose1d(8, 8, 3, 2, 1, output_padding=1, groups=4)
 ROUNDED = ("softplus", "softplus, steep", "log sigmoid")  # as a polynomial, but in a float file
 
@@ -152,6 +157,46 @@ def test_substitutes_compute_what_the_model_computes(name: str) -> None:
     torch.testing.assert_close(prepared.module(x[:1])[0], model(x[:1]), **near)
     whole = prepare(model, x, last=False, float_file=True)
     torch.testing.assert_close(whole.module(x[:1])[0], model(x[:1]), **exact)
+
+
+def steep(layer: nn.PReLU) -> nn.Module:
+    nn.init.constant_(layer.weight, 1.5)
+    return layer
+
+
+# What the converter and the NPU take as it is, or what no rule knows better.
+KEPT: dict[str, Function] = {
+    "adaptive maximum, not dividing": nn.AdaptiveMaxPool2d(3),
+    "amax of channels": lambda y: y.amax(1, keepdim=True).expand_as(y),
+    "average": nn.AvgPool2d(2),
+    "average, same": nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+    "clamp by tensors": lambda y: torch.clamp(y, NORMALIZED.mean[0], NORMALIZED.mean[2]),
+    "difference": lambda y: torch.rsub(y, y.relu()),
+    "elu of a multiple": lambda y: torch.ops.aten.elu(y, 1.0, 1.0, 2.0),
+    "hardtanh": nn.Hardtanh(),
+    "leaky relu, steep": nn.LeakyReLU(1.5),
+    "maximum": nn.MaxPool2d(2),
+    "maximum, dilated": nn.MaxPool2d(2, dilation=2),
+    "maximum, same": nn.MaxPool2d(3, 1, 1),
+    "mean of channels": lambda y: y.mean(1, keepdim=True).expand_as(y),
+    "nearest, once": nn.Upsample(scale_factor=1),
+    "nearest, twice": nn.Upsample(scale_factor=2),
+    "norm, first": lambda y: F.normalize(y, p=1.0, dim=1),
+    "prelu of rows": lambda y: F.prelu(y.flatten(1), torch.full((512,), 0.25)),
+    "prelu, steep": steep(nn.PReLU(8)),
+    "relu6": nn.ReLU6(),
+    "sum times": lambda y: torch.add(y.relu(), NORMALIZED.mean.view(8, 1, 1), alpha=2),
+    "transposed": nn.ConvTranspose2d(8, 8, 2, 2),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_needs_no_substitute_has_none(name: str) -> None:
+    x = maps()
+    model = Around(KEPT[name], x).eval()
+    prepared = prepare(model, x, last=False)
+    assert not prepared.module.traced.substitutes
+    torch.testing.assert_close(prepared.module(x[:1])[0], model(x[:1]))
 
 
 class Chain(nn.Sequential):

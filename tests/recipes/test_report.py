@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from torchclust.recipes.load import parse_recipe
 from torchclust.recipes.metric import Metric
 from torchclust.recipes.plot import _plot_accuracies
-from torchclust.recipes.report import gains, markdown, show
+from torchclust.recipes.report import _programs, gains, markdown, show
 
 REPORT: dict[str, Any] = {
     "name": "made up",
@@ -38,6 +39,12 @@ REPORT: dict[str, Any] = {
     "versions": {"torch": "2.13.0"},
     "seconds": {"train": 1.0},
 }  # fmt: skip
+RECIPE: dict[str, Any] = {
+    "name": "made_up",
+    "data": {"name": "mnist5k"},
+    "model": "arm_mlp",
+    "train": {"epochs": 0},
+}
 
 
 def changed(**sections: dict[str, Any]) -> dict[str, Any]:
@@ -98,3 +105,53 @@ def test_the_plot_says_which_way_is_better(metric: Metric, title: str, below: st
     axes = Figure().subplots()
     _plot_accuracies(axes, {"float": 0.75, "int8": 0.5}, metric)
     assert (axes.get_title(loc="left"), axes.get_xlabel()) == (title, below)
+
+
+def test_an_executorch_programs_figures_stand_beside_the_controls() -> None:
+    recipe = parse_recipe({**RECIPE, "executorch": {"target": "ethos-u85-256"}})
+    ours = {"accuracy": 91.0, "bytes": 1024, "encoded_weight_bytes": 512, "cycles": 90,
+            "codes": {"a.weight": 15}, "cpu_operators": ["SORT"]}  # fmt: skip
+    control = {"accuracy": 92.0, "bytes": 2048, "encoded_weight_bytes": 2048, "cycles": 100,
+               "vela_version": "5.2.0"}  # fmt: skip
+    found = _programs(recipe, {"model.pte": ours, "baseline.pte": control})
+    assert found == {
+        "target": "ethos-u85-256", "vela_version": "5.2.0", "codes": {"a.weight": 15},
+        "cpu_operators": ["SORT"], "accuracy": 91.0, "baseline_accuracy": 92.0, "bytes": 1024,
+        "baseline_bytes": 2048, "encoded_weight_bytes": 512, "baseline_encoded_weight_bytes": 2048,
+        "cycles": 90, "baseline_cycles": 100,
+    }  # fmt: skip
+    rows = {row[0]: row[1:] for row in gains({**REPORT, "executorch": found})}
+    assert rows["ExecuTorch program's accuracy"] == ("92.00 %", "91.00 %", "-1.00 points")
+    assert rows["ExecuTorch program (.pte)"] == ("2.0 KiB", "1.0 KiB", "2.00x smaller")
+    chip = "its encoded weights (Vela 5.2.0, ethos-u85-256)"
+    assert rows[chip] == ("2.0 KiB", "0.5 KiB", "4.00x smaller")
+
+
+def test_no_row_for_an_executorch_program_that_was_not_made() -> None:
+    assert _programs(parse_recipe(RECIPE), {}) is None
+    recipe = parse_recipe({**RECIPE, "executorch": {"target": "ethos-u85-256"}})
+    left_out = {**REPORT, "executorch": _programs(recipe, {})}
+    assert gains(left_out) == gains({**REPORT, "executorch": None}) == gains(REPORT)
+
+
+def test_a_choice_is_listed_with_the_rules_that_repeat_it() -> None:
+    tensors = {
+        "a.weight": {"n_clusters": 8, "codebook_dtype": "int8", "n_bytes": 2048, "loss": 0.03125},
+        "a.bias": {"n_clusters": None, "codebook_dtype": None, "n_bytes": 512, "loss": 0.0},
+    }
+    chosen = {"tensors": tensors, "encoded_bytes": 2560, "rules": {"a.weight": 8, "*": None}}
+    text = markdown({**REPORT, "chosen": chosen})
+    assert "| `a.weight` | 8, int8 | 2.0 KiB | 0.0312 |" in text
+    assert "| `a.bias` | - | 0.5 KiB | 0.0000 |" in text
+    assert "| together |  | 2.5 KiB |  |" in text
+    assert 'rules: {"a.weight": 8, "*": null}' in text
+    assert "chosen" not in markdown(REPORT)
+
+
+def test_a_report_of_no_clustered_tensor_says_so() -> None:
+    report = changed()
+    report["tensors"] = report["tensors"][1:]
+    text = markdown(report)
+    assert "\n\nNothing was clustered.\n" in text
+    assert "Not clustered (a bias): `a.bias`" in text
+    assert "entropy" not in text

@@ -185,19 +185,32 @@ class _Tensors:
 
 
 def _keeps_scale(call: Call) -> bool:
-    if _averages_all(call):  # it becomes MEAN, which has a scale of its own
-        return False
-    return call.operator in _MOVED or call.operator in _INTERPOLATED or "_pool" in call.operator
+    pools = "_pool" in call.operator
+    if pools and (_averages_all(call) or _argument(call, 6, "divisor_override", None)):
+        return False  # a MEAN, or times a factor: both have a scale of their own
+    return call.operator in _MOVED or call.operator in _INTERPOLATED or pools
 
 
 def _averages_all(call: Call) -> bool:
-    """Whether a pooling averages the whole map."""
     if call.operator == "avg_pool2d":
         kernel, padding = _argument(call, 1, "kernel_size", 0), _argument(call, 3, "padding", 0)
-        sizes = kernel if isinstance(kernel, Sequence) else (kernel, kernel)
-        whole = tuple(sizes) == tuple(call.args[0].shape[-2:])
-        return whole and padding in (0, (0, 0), [0, 0])
+        return averages_all(call.args[0].shape[-2:], kernel, padding)
     return call.operator.startswith("adaptive_avg_pool") and call.result.shape[2:].numel() == 1
+
+
+def averages_all(
+    size: Sequence[int], kernel: int | Sequence[int], padding: int | Sequence[int]
+) -> bool:
+    """Whether an average pooling's window is the whole map: a MEAN in the file.
+
+    That has a scale of its own; a pooling has its input's, of which the average, so much smaller,
+    would be a few coarse steps.
+
+    >>> averages_all((7, 7), 7, 0), averages_all((7, 7), (7, 7), (1, 1))
+    (True, False)
+    """
+    height, width = kernel if isinstance(kernel, Sequence) else (kernel, kernel)
+    return (height, width) == tuple(size) and padding in (0, (0, 0), [0, 0])
 
 
 def _makes_new_values(call: Call) -> bool:

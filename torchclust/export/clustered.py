@@ -112,7 +112,7 @@ def _without_trifles(matched: Matched) -> Matched:
     Nothing is left of its weights, so their codes would only cost bits.
     """
     codes, groups = matched.codes.copy(), matched.groups
-    peaks = matched.scales * np.abs(codes.astype(np.int64)).max(axis=1, initial=0)
+    peaks = matched.scales * np.abs(codes.astype(np.int16)).max(axis=1, initial=0)
     for row in np.flatnonzero(peaks <= _TRIFLE * peaks.max(initial=0.0)):
         shared = matched.codes[groups == groups[row]]
         codes[row] = shared.flat[np.abs(shared.astype(np.int64)).argmin()]
@@ -128,10 +128,11 @@ def _from_clustering(name: str, clustering: Clustering, weight: Array, axis: int
         codes = quantize_codebook(weight, groups, axis)
     else:
         # The scale is the weight's own, so the quotient is the code but for one rounding.
-        by_channel = scale.detach().cpu().double().numpy()
+        by_channel = scale.detach().cpu().float().numpy()
         by_channel = by_channel.reshape([-1 if d == axis else 1 for d in range(weight.ndim)])
-        codes = np.rint(weight / np.where(by_channel > 0, by_channel, 1))
-        codes = np.clip(codes, -LARGEST, LARGEST).astype(np.int8)
+        quotient = weight / np.where(by_channel > 0, by_channel, np.float32(1))
+        np.rint(quotient, out=quotient)
+        codes = np.clip(quotient, -LARGEST, LARGEST, out=quotient).astype(np.int8)
     symmetric = scale is not None
     return Trained(name, weight, codes, groups, clustering.n_clusters, symmetric, axis)
 

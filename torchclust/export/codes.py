@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -33,6 +33,7 @@ _MOST_VALUES = 256
 _INTEGER_TOLERANCE = 1e-4
 # Folded by the converter in float32: a few roundings.
 _MATCH_TOLERANCE = 1e-4
+_BLOCK = 1 << 20  # elements
 _DENORMAL = 1e-37  # below it a folded row keeps too few bits to be compared
 
 
@@ -163,6 +164,9 @@ def match(matrix: Array, trained: Trained) -> Matched | None:
     use. Returns None where it is not.
     """
     for layout in weight_layouts(trained.weight.shape, matrix.shape, trained.channel_axis):
+        # One row rejects nearly everything, before the whole is laid out anew.
+        if _row_factors(matrix[:1], layout.first_row(trained.weight)) is None:
+            continue
         factors = _row_factors(matrix, layout.of(trained.weight, matrix.shape))
         if factors is None:
             continue
@@ -170,9 +174,8 @@ def match(matrix: Array, trained: Trained) -> Matched | None:
         per_row = layout.order[0] == trained.channel_axis
         groups = trained.groups[layout.rows] if per_row else np.zeros(len(matrix), np.int64)
         mirrored = np.where(factors[:, None] < 0, -codes, codes)
-        wide = mirrored.astype(np.float64)
-        norm = np.einsum("ij,ij->i", wide, wide)
-        scales = np.einsum("ij,ij->i", matrix, wide, dtype=np.float64) / np.where(norm, norm, 1)
+        norm = _along_rows(mirrored, mirrored)
+        scales = _along_rows(matrix, mirrored) / np.where(norm, norm, 1)
         return Matched(trained, mirrored, scales, groups, int((factors < 0).sum()))
     return None
 
@@ -286,13 +289,27 @@ def _symmetric_size(codes: Array) -> int:
 
 def _row_factors(matrix: Array, weight: Array) -> Array | None:
     """The number that each row of ``weight`` was multiplied by, or None if it was not that."""
-    first = slice(0, 1)
-    factors: Array | None = None
-    for part in (first, slice(None)):  # one row rejects nearly everything
-        left, right = np.asarray(matrix[part], np.float64), np.asarray(weight[part], np.float64)
+    factors = np.empty(len(matrix))
+    for rows in _blocks(matrix):
+        left, right = np.asarray(matrix[rows], np.float64), np.asarray(weight[rows], np.float64)
         norm = np.einsum("ij,ij->i", right, right)
-        factors = np.einsum("ij,ij->i", left, right) / np.where(norm > 0, norm, 1)
+        factors[rows] = np.einsum("ij,ij->i", left, right) / np.where(norm > 0, norm, 1)
         tolerance = _MATCH_TOLERANCE * np.abs(left).max(axis=1, initial=0.0) + _DENORMAL
-        if (np.abs(left - factors[:, None] * right).max(axis=1) > tolerance).any():
+        if (np.abs(left - factors[rows, None] * right).max(axis=1) > tolerance).any():
             return None
     return factors
+
+
+def _along_rows(left: Array, right: Array) -> Array:
+    """The rows' scalar products in float64."""
+    parts = [
+        np.einsum("ij,ij->i", left[rows].astype(np.float64), right[rows].astype(np.float64))
+        for rows in _blocks(left)
+    ]
+    return np.concatenate(parts)
+
+
+def _blocks(matrix: Array) -> Iterator[slice]:
+    """Rows in blocks, so that what is computed of a large matrix takes little memory."""
+    step = max(1, _BLOCK // max(1, matrix.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(matrix), step))

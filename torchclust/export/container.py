@@ -10,8 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from torchclust.export import backends
+
+Array = npt.NDArray[Any]
 
 _ALIGNMENT = 16  # bytes, as the schema demands of tensor data ("force_align")
 
@@ -21,44 +24,44 @@ def inline_buffers(content: bytes) -> bytes:
     return pack(unpack(content), len(content))
 
 
-def unpack(content: bytes) -> Any:
-    """The schema's mutable ``ModelT``, every buffer's data in it."""
+def unpack(content: bytes | bytearray) -> Any:
+    """The schema's mutable ``ModelT``, every buffer's data in it as a view of the content."""
     model = backends.schema().ModelT.InitFromPackedBuf(content, 0)
     for buffer in model.buffers:
-        buffer.data = np.frombuffer(_data(buffer, content), np.uint8)
+        buffer.data = _data(buffer, content)
     return model
 
 
 def pack(model: Any, size: int) -> bytes:
     """A ``ModelT`` as a file of about `size` bytes."""
     schema = backends.schema()
-    model.buffers = [_Aligned(schema, buffer.data.tobytes()) for buffer in model.buffers]
+    model.buffers = [_Aligned(schema, buffer.data) for buffer in model.buffers]
     builder = backends.flatbuffers().Builder(size + 4096)
     builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return bytes(memoryview(builder.Bytes)[builder.Head() :])
 
 
-def _data(buffer: Any, content: bytes) -> bytes:
+def _data(buffer: Any, content: bytes | bytearray) -> Array:
     if buffer.offset > 1:  # 0 and 1 mean that the data is inside, or that there is none
-        return content[buffer.offset : buffer.offset + buffer.size]
-    return b"" if buffer.data is None else bytes(np.asarray(buffer.data, np.uint8))
+        return np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
+    return np.empty(0, np.uint8) if buffer.data is None else np.asarray(buffer.data, np.uint8)
 
 
 class _Aligned:
     """A buffer as `ModelT.Pack` wants it; the generated class does not align its data."""
 
-    def __init__(self, schema: Any, data: bytes) -> None:
+    def __init__(self, schema: Any, data: Array) -> None:
         self.schema, self.data = schema, data
 
     def Pack(self, builder: Any) -> int:
         """Write data and table; the offset of the table."""
-        if self.data:
+        if len(self.data):
             builder.StartVector(1, len(self.data), _ALIGNMENT)
             builder.head -= len(self.data)
-            builder.Bytes[builder.head : builder.head + len(self.data)] = self.data
+            builder.Bytes[builder.head : builder.head + len(self.data)] = self.data.data
             vector = builder.EndVector()
         self.schema.BufferStart(builder)
-        if self.data:
+        if len(self.data):
             self.schema.BufferAddData(builder, vector)
         offset: int = self.schema.BufferEnd(builder)
         return offset

@@ -14,6 +14,7 @@ from torchclust.export.codes import LARGEST, Matched
 from torchclust.export.container import inline_buffers
 from torchclust.export.ends import InputDtype, with_integer_ends
 from torchclust.export.graph import Array, Graph, Operator, Weight
+from torchclust.export.large_weights import put_back, set_aside
 from torchclust.export.sandwiches import without_sandwiches
 
 # Biases are int32 in units of input scale x weight scale, and the accumulator shares the range.
@@ -55,10 +56,13 @@ def quantize(
         if scale is not None:
             bound = weight.by_channel(LARGEST * scale)
             ranges[weight.tensor.name] = {"min": -bound, "max": bound}
+    small, large = set_aside(content, graph, scales)
     quantizer, recipe, types = backends.quantizer()
     try:
         with backends.quietly():
-            work = quantizer.Quantizer(bytes(content), recipe.static_wi8_ai8())
+            work = quantizer.Quantizer(small, recipe.static_wi8_ai8())
+            if large:  # it would make the float file ready to run, whose shapes do not fit
+                work._ensure_model_qsv_sufficient = lambda _: None
             # The static recipe leaves tables in float; this stores them as int8, one scale a row.
             work.add_dynamic_config(".*", types.TFLOperationName.EMBEDDING_LOOKUP, num_bits=8)
             result = work.quantize(ranges, enable_progress_report=False)
@@ -66,7 +70,7 @@ def quantize(
         raise ExportError(
             f"the quantizer cannot quantize this model: {backends.first_line(error)}"
         ) from error
-    inlined = inline_buffers(bytes(result.quantized_model))
+    inlined = put_back(inline_buffers(bytes(result.quantized_model)), large)
     return without_sandwiches(with_integer_ends(inlined, observed, input_dtype))
 
 

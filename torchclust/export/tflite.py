@@ -162,9 +162,11 @@ def to_tflite(
     if not float:
         check_layers(prepared)
     first, samples = _samples(calibration, prepared)
-    converted = without_transposes(_convert(prepared))
-    content = bytearray(converted if float else convolutions_for_linears(converted))
-    float_file, graph = bytes(content), read_graph(content)
+    float_file = without_transposes(_convert(prepared))
+    if not float:
+        float_file = convolutions_for_linears(float_file)
+    content = bytearray(float_file)
+    graph = read_graph(content)
     if not float:
         check_operators(prepared, graph)
     check_float(prepared, float_file, graph, first)

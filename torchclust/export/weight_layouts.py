@@ -26,7 +26,14 @@ class WeightLayout:
 
     def of(self, array: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """The piece of an array of the parameter's shape, as a matrix."""
-        return array.transpose(self.order)[self.flip][self.rows, ..., self.columns].reshape(shape)
+        return self._piece(array).reshape(shape)
+
+    def first_row(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The first row of that matrix, (1, n)."""
+        return self._piece(array)[:1].reshape(1, -1)
+
+    def _piece(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return array.transpose(self.order)[self.flip][self.rows, ..., self.columns]
 
 
 def weight_layouts(

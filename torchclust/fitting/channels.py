@@ -115,7 +115,8 @@ class Channels:
 
     def _errors(self, known: Float64s, ratio: Float64s, inner: Ints) -> tuple[Float64s, Float64s]:
         sums = self._prefix[:, self._first, inner]
-        last = np.broadcast_to(self._prefix[:, :, -1:], (*sums.shape[:-1], 1))
+        whole = self._prefix[:, :, -1].reshape(2, *[1] * (sums.ndim - 3), -1, 1)
+        last = np.broadcast_to(whole, (*sums.shape[:-1], 1))
         mass, first = np.diff(sums, axis=-1, append=last)
         square = np.einsum("...c,c->...", mass, np.square(known[1:]))
         product = np.einsum("...c,c->...", first, known[1:])

@@ -41,6 +41,7 @@ _ROUNDS = 30  # of both steps; about five are needed
 _SETTLE = 10  # closed-form steps
 _GAIN = 1e-6  # relative improvement that is worth another round
 _WEIGHTS_AT_ONCE = 1 << 20
+_LIMITS_AT_ONCE = 1 << 13  # of codes, looked up in one call: what small tensors spend time on
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,18 +181,18 @@ def best_magnitudes(moments: Float64s, half: int) -> Ints:
     code = np.arange(GRID + 1)
     each = moments[2] - 2 * code[:, None] * moments[1] + np.square(code)[:, None] * moments[0]
     below = np.concatenate([np.zeros((GRID + 1, 1)), np.cumsum(each, axis=1)], axis=1)
-    lower, upper = np.triu_indices(GRID + 1, 1)
-    meet = lower + upper
-    between = np.full((GRID + 1, GRID + 1), np.inf)
-    between[upper, lower] = below[lower, meet] - below[lower, 2 * lower]
-    between[upper, lower] += below[upper, 2 * upper] - below[upper, meet]
+    lower, upper = code, code[:, None]
+    meet = np.minimum(lower + upper, 2 * GRID)
+    own = below[code, 2 * code]
+    between = below[lower, meet] - own + (own[:, None] - below[upper, meet])
+    between[lower >= upper] = np.inf
     total, cuts = np.where(code == 0, 0.0, np.inf), []
     for _ in range(half):
         through = between + total
         cut = through.argmin(axis=1)
         total = through[code, cut]
         cuts.append(cut)
-    beyond = below[:, -1] - below[code, 2 * code]
+    beyond = below[:, -1] - own
     chosen = [int((total + beyond).argmin())]
     for cut in cuts[:0:-1]:
         chosen.append(int(cut[chosen[-1]]))
@@ -201,7 +202,9 @@ def best_magnitudes(moments: Float64s, half: int) -> Ints:
 def _best_scales(channels: Channels, codes: Ints, ratio: Float64s) -> tuple[float, Float64s]:
     trials = min(_TRIALS, max(9, 512 // len(codes)))
     factors = np.exp(np.linspace(-_REACH, _REACH, trials | 1))
-    errors = np.stack([channels.errors(codes, factor * ratio)[0] for factor in factors])
+    at_once = max(1, _LIMITS_AT_ONCE // (len(ratio) * len(codes)))
+    parts = (factors[i : i + at_once, None] for i in range(0, len(factors), at_once))
+    errors = np.concatenate([channels.errors(codes, part * ratio)[0] for part in parts])
     ratio = factors[errors.argmin(axis=0)] * ratio
     for _ in range(_SETTLE):
         error, better = channels.errors(codes, ratio)

@@ -59,12 +59,19 @@ def merge_affine(traced: Traced) -> None:
                 (*before.steps, node),
             )
         found[node] = step
-    for node, affine in found.items():
+    for affine in found.values():
         folds = "conv" in operator(affine.source) and len(affine.source.users) == 1
         if affine.wide and not folds:
-            for step_node in affine.steps[:-1]:
-                traced.substitutes[step_node] = identity
-            traced.substitutes[node] = depthwise(traced, affine.scale.float(), affine.shift.float())
+            together = depthwise(traced, affine.scale.float(), affine.shift.float())
+            functions = *[identity] * (len(affine.steps) - 1), together
+            sources = affine.source, *affine.steps[:-1]
+            for made, read, function in zip(affine.steps, sources, functions, strict=True):
+                traced.substitutes[made] = _of_operand(function, made.args.index(read))
+
+
+def _of_operand(function: Substitute, position: int) -> Substitute:
+    """A function of one of an operator's operands: the constant may stand first."""
+    return lambda *operands, **_: function(operands[position])
 
 
 def _step(traced: Traced, node: fx.Node) -> Affine | None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from torchclust.activations.plan import averages_all
 from torchclust.export.rewrites.traced import (
     Substitute,
     Traced,
@@ -47,16 +48,19 @@ def max_pool(traced: Traced, node: fx.Node) -> Substitute | None:
 def avg_pool(traced: Traced, node: fx.Node) -> Substitute | None:
     """Average over the widened map, then undo the count of the pixels that were added.
 
-    Over the whole map it is a MEAN: that has a scale of its own, a pooling has its input's, of
-    which the average, so much smaller, would be a few coarse steps.
+    Over the whole map it is a MEAN, see `averages_all`.
     """
     given, before = arguments(node), shape(source(node))
     kernel, stride = _window(given)
-    edges = _edges(node, kernel, stride, _pair(given["padding"]))
+    padding = _pair(given["padding"])
+    edges = _edges(node, kernel, stride, padding)
     if len(before) != 4:
         return None
+    if averages_all(before[2:], kernel, padding):
+        times = math.prod(kernel) / (given["divisor_override"] or math.prod(kernel))
+        return lambda x, *_, **__: _times(F.adaptive_avg_pool2d(x, 1), times)
     if edges == ((0, 0), (0, 0)) and not given["divisor_override"]:
-        return None if kernel != before[2:] else lambda x, *_, **__: F.adaptive_avg_pool2d(x, 1)
+        return None
     ones = torch.ones(1, 1, *before[2:])
     mine = F.avg_pool2d(_zeros_around(ones, edges), kernel, stride)
     target = node.target
@@ -71,9 +75,7 @@ def avg_pool(traced: Traced, node: fx.Node) -> Substitute | None:
 
     def pool(x: Tensor, *_: object, **__: object) -> Tensor:
         y = F.avg_pool2d(_zeros_around(x, edges), kernel, stride)
-        if uniform:
-            return y if factor == 1 else y * factor
-        return y * weights()
+        return _times(y, factor) if uniform else y * weights()
 
     return pool
 
@@ -127,6 +129,10 @@ def widened(x: Tensor, edges: Edges) -> Tensor:
             first, last = x.narrow(axis, 0, 1), x.narrow(axis, x.shape[axis] - 1, 1)
             x = torch.cat([first] * begin + [x] + [last] * end, axis)
     return x
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
 
 
 def _zeros_around(x: Tensor, edges: Edges) -> Tensor:
