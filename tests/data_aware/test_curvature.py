@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from torchclust import cluster_
 from torchclust.data_aware.batches import calls
-from torchclust.data_aware.curvature import Curvature, curvatures, unit_of_price
+from torchclust.data_aware.bit_prices import unit_of_price
+from torchclust.data_aware.curvature import Curvature, curvatures
 
 
 def network() -> nn.Sequential:

@@ -5,15 +5,10 @@ outputs, which is the diagonal of the Gauss-Newton matrix (of half the squared c
 outputs). One backward pass finds it for all layers, from the outputs' sum under random signs: its
 squared derivative has that diagonal as its mean (Hutchinson 1989). No labels are needed, and
 nothing needs to be known of what the outputs mean.
-
-A price of bits needs it. The average bits of weights that are coded at one price depend on the
-geometric mean of what their variances are worth (reverse water-filling), so that is the unit in
-which a rate counts; each layer then pays the same for a bit, in what its error does to the outputs.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -82,18 +77,6 @@ def curvatures(
             samples += len(outputs[0]) if outputs and outputs[0].dim() else 1
     found = {name: s.curvature(samples) for name, s in seen.items()}
     return {name: curvature for name, curvature in found.items() if curvature is not None}
-
-
-def unit_of_price(found: Mapping[str, Curvature], sizes: Mapping[str, int]) -> float:
-    """What a weight's variance is worth: the geometric mean over all weights of these layers.
-
-    Args:
-        found: curvatures by layer.
-        sizes: how many weights each layer has.
-    """
-    worth = [(sizes[name], c.power / sizes[name]) for name, c in found.items() if c.power > 0]
-    total = sum(size for size, _ in worth)
-    return math.exp(sum(size * math.log(each) for size, each in worth) / total) if worth else 0.0
 
 
 class _Seen:

@@ -23,18 +23,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchclust.data_aware.batches import Call, calls
+from torchclust.data_aware.batches import calls
+from torchclust.data_aware.bit_prices import (
+    BitPrice,
+    bit_prices,
+    effective_rate,
+    variance_per_weight,
+)
 from torchclust.data_aware.blocks import evaluating, find_blocks
-from torchclust.data_aware.compensation import Book, Target, compensate
-from torchclust.data_aware.curvature import Curvature, curvatures, unit_of_price
+from torchclust.data_aware.compensation import Book, compensate
 from torchclust.data_aware.input_moments import InputMoments
 from torchclust.data_aware.layers import Layer, Side, inputs_of, layers_run, norms_behind, within
 from torchclust.fitting.worth import without_noise
 from torchclust.progress import track
 from torchclust.weight.codebooks import relative_error
 from torchclust.weight.parametrization import fit_weight, make_clustered_weight
-
-_HIGHEST = 0.25  # rate in one layer: beyond, its error is too large for a derivative to tell
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def fit_to_inputs(
             if layer.name not in planned:
                 weights[layer.name] = _write(layer, _fit(layer, layer.importance, seed))
         norms = norms_behind(twin, [y.module for y in layers], lambda: batches[0].of(twin))
-        prices = _prices(model, [y for _, found in plan for y in found], batches)
+        prices = bit_prices(model, [y for _, found in plan for y in found], batches)
         before, after = Side(model, batches), Side(twin, batches)
         for block, found in track(plan, "Fitting codebooks"):
             before.enter(block)
@@ -95,32 +98,11 @@ def fit_to_inputs(
     return Fits(weights, corrected)
 
 
-@dataclass(frozen=True, eq=False)
-class _Price:
-    """Of a bit in one layer: `bit` in units of the squared error of the model's outputs."""
-
-    bit: float
-    curvature: Curvature
-
-
-def _prices(
-    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Call]
-) -> dict[str, _Price]:
-    """The layers whose bits have a price, as far as the outputs tell what their errors do."""
-    priced = {y.name: y for y in layers if y.compensates and y.config.rate}
-    if not priced:
-        return {}
-    modules = {name: model.get_submodule(y.path) for name, y in priced.items()}
-    found = {n: c for n, c in curvatures(model, modules, batches).items() if c.power > 0}
-    unit = unit_of_price(found, {name: y.weight.numel() for name, y in priced.items()})
-    return {name: _Price(priced[name].config.rate * unit, c) for name, c in found.items()}
-
-
 def _fit_observed(
     layer: Layer,
     pairs: Iterable[tuple[Tensor, Tensor]],
     norm: nn.Module | None,
-    price: _Price | None,
+    price: BitPrice | None,
     seed: int,
 ) -> dict[str, Tensor]:
     if not layer.compensates:
@@ -138,19 +120,13 @@ def _fit_observed(
     targets = moments.targets(weight * alive, row_weight, centred=absorbs, anchor=kept)
     columns = torch.stack([t.hessian.diagonal() for t in targets])
     zeros = (kept == 0) & (layer.config.preserve_sparsity | (weight != 0) | ~alive)
-    zero, importance = zeros.flatten(1).T, moments.by_column(columns, row_weight, weight)
-    if layer.config.rate:
-        own = _variance(targets, layer)
-        bit = layer.config.rate * own
-        if price is not None:
-            scale = float(price.curvature.squares.mean()) * moments.scale(centred=absorbs)
-            bit = min(price.bit / scale, max(_HIGHEST, layer.config.rate) * own)
-        tensors = _fit_at(layer, bit / own if own else layer.config.rate, importance, seed)
-        start = _fitted_indices(layer, tensors)
-        book, indices = compensate(targets, _book(layer, tensors), zero, bit, start.flatten(1).T)
-    else:
-        tensors = _fit(layer, importance, seed)
-        book, indices = compensate(targets, _book(layer, tensors), zero)
+    variance = variance_per_weight(targets, kept) if layer.config.rate else 0.0
+    rate = effective_rate(layer, price, variance, moments, centred=absorbs)
+    tensors = _fit_at(layer, rate, moments.by_column(columns, row_weight, weight), seed)
+    start = _fitted_indices(layer, tensors).flatten(1).T if rate else None
+    book, indices = compensate(
+        targets, _book(layer, tensors), zeros.flatten(1).T, rate * variance, start
+    )
     tensors = _with_book(layer, tensors, book, indices.T.contiguous().view(weight.shape))
     layer.weight.data = weight.clone()
     tensors = _write(layer, tensors)
@@ -160,24 +136,11 @@ def _fit_observed(
 
 
 def _fit_at(layer: Layer, rate: float, importance: Tensor, seed: int) -> dict[str, Tensor]:
-    """Fit at another rate than the configuration's, which is what training will charge."""
-    priced = replace(layer, config=replace(layer.config, rate=rate))
-    tensors = _fit(priced, importance, seed)
+    """Fit at a rate that need not be the configuration's, which is what training will charge."""
+    tensors = _fit(replace(layer, config=replace(layer.config, rate=rate)), importance, seed)
     if "bit_price" in tensors:
         tensors["bit_price"] = tensors["bit_price"] * (layer.config.rate / rate)
     return tensors
-
-
-def _variance(targets: Sequence[Target], layer: Layer) -> float:
-    """What the layer's output varies by with its weight, per weight, if inputs were independent."""
-    power, start = 0.0, 0
-    rows = layer.weight.detach().float().flatten(1)
-    for target in targets:
-        part = rows[start : start + len(target.row_weight)]
-        by_row = part.square() @ target.hessian.diagonal()
-        power += float((by_row * target.row_weight).sum(dtype=torch.float64))
-        start += len(part)
-    return power / rows.numel()
 
 
 def _fitted_indices(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -265,12 +265,9 @@ def _chosen(chosen: dict[str, Any]) -> list[str]:
     """Return what the choice costs tensor by tensor, and how to run with it."""
     if "rate" in chosen:
         sizes = [(f"`{name}`", _kib(c["n_bytes"])) for name, c in chosen["tensors"].items()]
-        return [
-            f"`rate: {chosen['rate']:.4g}`; `torchclust run chosen.yaml` runs with it and chooses "
-            "nothing.",
-            "",
-            *_table(("tensor", "encoded"), [*sizes, ("together", _kib(chosen["encoded_bytes"]))]),
-        ]
+        sizes.append(("together", _kib(chosen["encoded_bytes"])))
+        how = "`torchclust run chosen.yaml` runs with it and chooses nothing."
+        return [f"`rate: {chosen['rate']:.4g}`; {how}", "", *_table(("tensor", "encoded"), sizes)]
     rows = [
         (f"`{name}`", _clusters(c), _kib(c["n_bytes"]), f"{c['loss']:.4f}")
         for name, c in chosen["tensors"].items()
