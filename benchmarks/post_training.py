@@ -228,6 +228,23 @@ def priced_row(model: nn.Module, data: Data, seed: int) -> dict[str, Any]:
     }
 
 
+def print_priced() -> None:
+    """Print what was measured at a price, a line for each network and seed."""
+    print(
+        "| network | seed | int8 | k = 16 | at a rate | rate | bytes | KL, k = 16 and at the rate |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for line in RESULTS.read_text().splitlines():
+        row = json.loads(line)
+        plain, priced = row["k16"], row["priced"]
+        print(
+            f"| {row['network']} | {row['seed']} | {row['int8']:.2f} % | {plain['accuracy']:.2f} % "
+            f"| {priced['accuracy']:.2f} % | {priced['rate']:g} "
+            f"| {plain['bytes']:,} -> {priced['bytes']:,}, {row['ratio']:.2f}x "
+            f"| {1000 * plain['divergence']:.2f}e-3, {1000 * priced['divergence']:.2f}e-3 |"
+        )
+
+
 def scale(args: argparse.Namespace) -> None:
     """Time and peak memory of both calls on MobileNetV2 of 5M weights at 224 x 224."""
     torch.manual_seed(0)
@@ -264,9 +281,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--priced", action="store_true")
+    parser.add_argument("--table", action="store_true", help="print what --priced has measured")
     parser.add_argument("--scale", action="store_true")
     parser.add_argument("--images", type=int, default=IMAGES)
     args = parser.parse_args()
+    if args.table:
+        print_priced()
+        return
     (scale if args.scale else priced if args.priced else compare)(args)
 
 
