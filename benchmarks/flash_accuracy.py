@@ -49,7 +49,7 @@ FLOAT = {"assignment": "nearest"}
 CQAT = "int8 codebook and quantized activations, 3 codes"
 KINDS = ("mixed", "even", "curve", "cqat", "priced")
 EVEN = (4, 6, 8, 12)
-RATES = (0.1, 0.3)  # of the priced points
+RATES = (0.03, 0.05, 0.1)  # of the priced points
 PRICED_CONTROL = "control, 12 epochs"
 HELD_OUT = 5000
 CODES = {4: 3, 6: 5, 8: 7, 16: 15, 32: 31}
@@ -70,7 +70,8 @@ def points() -> dict[str, tuple[Any, Mapping[str, str]]]:
     }
     found[PRICED_CONTROL] = (None, {})
     for rate in RATES:
-        found[f"priced {rate}"] = (31, {**INT8, "rate": rate})
+        found[f"priced {rate}"] = (31, {**FLOAT, "rate": rate})
+        found[f"priced int8 {rate}"] = (31, {**INT8, "rate": rate})
     for k in EVEN:  # evenly spaced at first, so most weights share a few of the values
         dense = {"n_clusters": k, "init": "linear", "max_iter": 0, **FLOAT}
         found[f"even {k}"] = (mixed(24, dense), FLOAT)
