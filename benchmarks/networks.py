@@ -363,7 +363,7 @@ def _line(row: dict[str, Any]) -> str:
         *(_cpu(clustered[short]) for short in ACCELERATORS),
         _ratio(plain["u55"], clustered["u55"]),
         _micro(clustered),
-        f"{clustered['seconds']}",
+        f"{clustered.get('seconds', '')}",
         f"{row['peak_mib']:,}",
     ]
     return "| " + " | ".join(cells) + " |"
