@@ -165,9 +165,9 @@ prescribes another size, and noisy tones for CREPE. Two of sixteen are held out 
 SQNR is measured on them against the float model. Clustered: sixteen clusters per tensor, int8
 codebooks, fitted without training. tflite-micro: the largest difference of any operator's output
 from LiteRT's reference kernels, in codes; empty where it has no kernel for some operator. Seconds
-of processor time of `to_tflite`, clustered; a network gets fifteen minutes and 6 GiB for all that
-is measured of it. Weights: Vela's encoded ones for U55-128, clustered over plain. CPU: operators
-left to it.
+of processor time of `to_tflite`, clustered (none where only the clock of a busy machine was read);
+a network gets fifteen minutes of it and 6 GiB for all that is measured. Weights: Vela's encoded
+ones for U55-128, clustered over plain. CPU: operators left to it.
 
 | network | parameters | SQNR plain, clustered | codes | CPU on U55-128 | CPU on U85-256 | \
 weights | tflite-micro | seconds | peak MiB |
@@ -363,7 +363,7 @@ def _line(row: dict[str, Any]) -> str:
         *(_cpu(clustered[short]) for short in ACCELERATORS),
         _ratio(plain["u55"], clustered["u55"]),
         _micro(clustered),
-        f"{clustered['seconds']}",
+        f"{clustered.get('seconds', '')}",
         f"{row['peak_mib']:,}",
     ]
     return "| " + " | ".join(cells) + " |"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import gc
 import itertools
 import subprocess
 import sys
@@ -515,6 +517,19 @@ def test_a_missing_package_names_the_extra(
         to_tflite(small(), IMAGES, tmp_path / "a", calibration=[IMAGES])
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_again_whatever_happens(enabled: bool) -> None:
+    try:
+        if not enabled:
+            gc.disable()
+        with contextlib.suppress(ExportError), backends.uncollected():
+            assert not gc.isenabled()
+            raise ExportError("no")
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+
+
 def test_the_quantizers_new_name_serves_too(monkeypatch: pytest.MonkeyPatch) -> None:
     backends.quantizer()
     new = "litert_quantizer"
@@ -572,3 +587,29 @@ def test_a_clustered_bias_is_no_weight_with_codes(stripped: bool, tmp_path: Path
     assert [row.parameter for row in done.tensors] == ["0.weight", "3.weight"]
     assert done.sqnr_db is not None
     assert done.sqnr_db > 25
+
+
+class Standardized(nn.Conv2d):
+    """Its weights have mean 0 and variance 1 in every channel, computed with every forward."""
+
+    def standardized(self) -> Tensor:
+        flat = self.weight.flatten(1)
+        flat = (flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True)
+        return flat.view_as(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.standardized(), self.bias)
+
+
+def test_a_weight_that_is_computed_from_the_parameter(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer, x = Standardized(3, 8, 3), torch.randn(8, 3, 8, 8)
+    plain = nn.Conv2d(3, 8, 3)
+    plain.weight.data = layer.standardized().detach()
+    match = r"no weight of .* is '0.weight' \(8, 3, 3, 3\).*as weight standardization does. Put"
+    model = cluster_(nn.Sequential(layer), 8, codebook_dtype="int8")
+    with pytest.raises(ExportError, match=match):
+        to_tflite(model, x[:1], tmp_path / "a.tflite", calibration=[x])
+    model = cluster_(nn.Sequential(plain), 8, codebook_dtype="int8")
+    result = to_tflite(model, x[:1], tmp_path / "a.tflite", calibration=[x])
+    assert result.tensors[0].codes_match

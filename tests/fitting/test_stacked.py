@@ -15,7 +15,8 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 def rows(length: int, dtype: torch.dtype) -> Tensor:
     """Normal ones; one with ties, one of zeros, one tiny, one with an outlier, one huge."""
-    found = torch.randn(9, length, generator=torch.Generator().manual_seed(length))
+    drawn = torch.Generator().manual_seed(length)
+    found = torch.randn(9, length, dtype=torch.float64, generator=drawn)
     found[1] = (found[1] * 3).round() / 3
     found[2] = 0
     found[3] *= 1e-4

@@ -180,7 +180,8 @@ def _report_unplaced(trained: Trained, sizes_left: set[int]) -> None:
     )
     if not trained.recovered:
         raise ExportError(
-            f"{lost}.\nLeave it out:  "
+            f"{lost}: the model computes another weight from it, as weight standardization does. "
+            f"Put that one into a plain layer before clustering, or leave this one out:  "
             f'cluster_(model, {{"*": {trained.n_clusters}, "{trained.name}": None}})'
         )
     if trained.n_clusters > _FEW:

@@ -239,7 +239,7 @@ def _convert(prepared: layout.Prepared) -> bytes:
     """The float file. BatchNorm is folded and activations are fused by the converter."""
     litert = backends.litert_torch()
     try:
-        with backends.quietly(), torch.no_grad():
+        with backends.quietly(), backends.uncollected(), torch.no_grad():
             return bytes(litert.convert(prepared.module, prepared.example).model_content())
     except Exception as error:
         layer = layer_of(str(error), prepared)

@@ -57,7 +57,7 @@ def fit_stacked(rows: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
 
 
 def _fit(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """A block. Long rows, and those in which values or centroids tie, are fitted one by one."""
+    """A block. Long rows, and those in which values tie, are fitted one by one."""
     centroids = torch.zeros(len(rows), k, dtype=rows.dtype, device="cpu")
     indices = torch.zeros(rows.shape, dtype=torch.uint8, device="cpu")
     together = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
@@ -67,10 +67,8 @@ def _fit(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if together.any():
         found = torch.from_numpy(_centroids(ordered[together.numpy()], min(k, rows.shape[1])))
         found = found.to(rows.dtype) + 0.0  # no -0.0
-        apart = (found[:, 1:] > found[:, :-1]).all(1)
-        together[together.clone()] = apart
-        centroids[together] = _padded(found[apart], k)
-        indices[together] = assign_rows(rows[together], found[apart])
+        centroids[together] = _padded(found, k)
+        indices[together] = assign_rows(rows[together], found)
     for row in np.flatnonzero(~together.numpy()):
         book = fit_codebook(rows[row], k)
         centroids[row], indices[row] = _padded(book.centroids, k), book.indices
