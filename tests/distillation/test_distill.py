@@ -183,6 +183,27 @@ def test_blocks_follow_the_data() -> None:
     ]
 
 
+class Listed(nn.Module):
+    """Layers in lists, which hold them and are never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Linear(6, 4) for _ in range(2))
+        self.up = nn.ModuleDict({"0": nn.Linear(4, 6), "1": nn.Linear(4, 6)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, down in enumerate(self.down):
+            x = x + self.up[str(number)](down(x).relu())
+        return x
+
+
+def test_items_of_lists_are_blocks() -> None:
+    model = Listed()
+    holders = [*model.down, *model.up.values()]
+    found = find_blocks(model, Call((torch.randn(4, 6),)), holders)
+    assert [block.paths for block in found] == [("down.0",), ("up.0",), ("down.1",), ("up.1",)]
+
+
 def test_a_block_alone_gives_what_it_gives_in_the_model() -> None:
     model, call = Branched().eval(), Call((torch.randn(4, 6),))
     seen: dict[str, Tensor] = {}

@@ -163,7 +163,8 @@ def _units(
 ) -> Iterator[tuple[str, nn.Module]]:
     """The modules to watch: containers and large modules opened, everything else whole."""
     inside = sum(id(m) in held for m in module.modules())
-    opened = root or inside > _MOST[isinstance(module, _CONTAINERS)]
+    never_called = type(module).forward is nn.Module.forward  # a ModuleList: its items are
+    opened = root or never_called or inside > _MOST[isinstance(module, _CONTAINERS)]
     children = [c for c in module.named_children() if c[0] != "parametrizations"]
     if id(module) in held or not children or not opened:
         yield path, module
