@@ -182,7 +182,7 @@ KEPT: dict[str, Function] = {
     "nearest, once": nn.Upsample(scale_factor=1),
     "nearest, twice": nn.Upsample(scale_factor=2),
     "norm, first": lambda y: F.normalize(y, p=1.0, dim=1),
-    "prelu of rows": lambda y: F.prelu(y.flatten(1), torch.full((512,), 0.25)),
+    "prelu of rows": nn.Sequential(nn.Flatten(), nn.PReLU(512)),
     "prelu, steep": steep(nn.PReLU(8)),
     "relu6": nn.ReLU6(),
     "sum times": lambda y: torch.add(y.relu(), NORMALIZED.mean.view(8, 1, 1), alpha=2),
