@@ -229,20 +229,19 @@ def priced_row(model: nn.Module, data: Data, seed: int) -> dict[str, Any]:
 
 
 def print_priced() -> None:
-    """Print what was measured at a price, a line for each network and seed."""
-    print(
-        "| network | seed | int8 | k = 16 | at a rate | rate | bytes | KL, k = 16 and at the rate |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for line in RESULTS.read_text().splitlines():
-        row = json.loads(line)
-        plain, priced = row["k16"], row["priced"]
-        print(
-            f"| {row['network']} | {row['seed']} | {row['int8']:.2f} % | {plain['accuracy']:.2f} % "
-            f"| {priced['accuracy']:.2f} % | {priced['rate']:g} "
-            f"| {plain['bytes']:,} -> {priced['bytes']:,}, {row['ratio']:.2f}x "
-            f"| {1000 * plain['divergence']:.2f}e-3, {1000 * priced['divergence']:.2f}e-3 |"
-        )
+    """Print what each rate gave beside k = 16, means over the seeds and what each seed lost."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    print("| network | rate | seeds | bytes | divergence | points, by seed |")
+    print("|---|---:|---:|---:|---:|---|")
+    for network in dict.fromkeys(row["network"] for row in rows):
+        own = [row for row in rows if row["network"] == network]
+        for i, rate in enumerate(RATES):
+            pairs = [(row["tried"][i], row["k16"]) for row in own]
+            n_bytes, apart = (mean(t[k] / p[k] for t, p in pairs) for k in ("bytes", "divergence"))
+            points = ", ".join(f"{t['accuracy'] - p['accuracy']:+.2f}" for t, p in pairs)
+            print(
+                f"| {network} | {rate:g} | {len(own)} | {n_bytes:.2f}x | {apart:.2f}x | {points} |"
+            )
 
 
 def scale(args: argparse.Namespace) -> None:
