@@ -227,7 +227,7 @@ def plot(path: Path) -> None:
         ("int8 codebook,", "int8 codebook, one number of codes for all layers", "o-", "right"),
         ("float codebook,", "float codebook, rounded channel by channel", "s--", "left"),
         ("mixed", "int8 codebook, more codes for the first and last layer", "*", "center"),
-        ("priced", "int8 codebook, trained at a price of bits", "D-", "right"),
+        ("priced int8", "int8 codebook, trained at a price, 1 seed", "D-", "right"),
         ("even", "float codebook, 4 to 12 evenly spaced in the big layer", "v-", "right"),
     ):
         own = [(name, found[name]) for name in points() if prefix in name and name in found]
@@ -236,7 +236,7 @@ def plot(path: Path) -> None:
         axes.plot(flash, gained, style, label=label, markersize=11 if style == "*" else 6)
         if side != "center":
             for x, y, name in rows:
-                words = name.removeprefix("even ").removeprefix("priced ").split(", ")[-1]
+                words = name.removeprefix("even ").replace("priced int8", "rate").split(", ")[-1]
                 offset = (-6, 4) if side == "right" else (8, -14)
                 axes.annotate(words, (x, y), offset, textcoords="offset points", size=7, ha=side)
     axes.plot(found["control"]["flash_kib"], 0, "kD", label="not clustered, int8")
