@@ -71,8 +71,8 @@ def cluster_(
             then fitted so that its output changes least (`torchclust.data_aware`), and biases and
             BatchNorm statistics take up the mean error. With `importance` too, that weighs whole
             output channels. With a ``rate`` a bit costs in each layer what the model's outputs
-            mind of its error (`torchclust.data_aware.bit_prices`): 32 clusters at 0.02 are as
-            accurate as 16 without, in three quarters of the bytes.
+            mind of its error (`torchclust.data_aware.bit_prices`): 32 clusters at 0.02 are
+            about as accurate as 16 without, in three quarters of the bytes.
         strict: raise for a pattern that matches nothing or cannot apply; else warn.
         seed: for the inits that draw at random.
         **options: `ClusterConfig` fields, for every rule that does not say otherwise.
