@@ -110,9 +110,9 @@ def train_networks(prepared: Prepared, stages: Stages) -> Networks:
         accuracy["clustered"] = accuracy["before_finetune"]
         if recipe.finetune is not None and recipe.finetune.epochs:
             compressed, accuracy["clustered"] = training.finetune(compressed, trained)
-    if chosen is not None and recipe.cluster is not None and not recipe.cluster.prices:
-        network, measure = task.network(compressed), measure_of(recipe)
-        chosen = chosen.measured(encoded_bytes(network, measure, chosen.allocation))
+        if chosen is not None and recipe.cluster.budget is None:  # a budget counted them itself
+            network, measure = task.network(compressed), measure_of(recipe)
+            chosen = chosen.measured(encoded_bytes(network, measure, chosen.allocation))
     modules = {"trained": trained, "control": control, "compressed": compressed}
     return Networks(task, modules, accuracy, chosen)
 
