@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from torchclust.export.backends import ExportError
 from torchclust.export.codes import (
-    LARGEST,
     Array,
     Matched,
     Trained,
@@ -22,6 +21,7 @@ from torchclust.export.codes import (
     most_codes,
     quantize_codebook,
     recover,
+    rounded_codes,
 )
 from torchclust.export.layout import Prepared
 from torchclust.export.rewrites.transposed import spread
@@ -130,9 +130,7 @@ def _from_clustering(name: str, clustering: Clustering, weight: Array, axis: int
         # The scale is the weight's own, so the quotient is the code but for one rounding.
         by_channel = scale.detach().cpu().float().numpy()
         by_channel = by_channel.reshape([-1 if d == axis else 1 for d in range(weight.ndim)])
-        quotient = weight / np.where(by_channel > 0, by_channel, np.float32(1))
-        np.rint(quotient, out=quotient)
-        codes = np.clip(quotient, -LARGEST, LARGEST, out=quotient).astype(np.int8)
+        codes = rounded_codes(weight, np.where(by_channel > 0, by_channel, np.float32(1)))
     symmetric = scale is not None
     return Trained(name, weight, codes, groups, clustering.n_clusters, symmetric, axis)
 

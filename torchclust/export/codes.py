@@ -300,6 +300,14 @@ def _row_factors(matrix: Array, weight: Array) -> Array | None:
     return factors
 
 
+def rounded_codes(values: Array, scales: Array) -> Array:
+    """The int8 codes nearest to values in units of scales that broadcast, without -128."""
+    steps: Array = values / scales
+    np.rint(steps, out=steps)
+    codes: Array = np.clip(steps, -LARGEST, LARGEST, out=steps).astype(np.int8)
+    return codes
+
+
 def _along_rows(left: Array, right: Array) -> Array:
     """The rows' scalar products in float64."""
     parts = [

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from torchclust.export.codes import LARGEST
+from torchclust.export.codes import rounded_codes
 from torchclust.export.container import pack, unpack
 from torchclust.export.graph import Array, Graph
 
@@ -31,11 +31,10 @@ def set_aside(
     model, integers = None, {}
     for weight in graph.weights():
         tensor, scale = weight.tensor, scales.get(weight.tensor.index)
-        if scale is None or len(tensor.shape) < 3 or _bytes(tensor.data) <= _LARGEST_BYTES:
+        values = tensor.data
+        if scale is None or values is None or values.ndim < 3 or values.nbytes <= _LARGEST_BYTES:
             continue
-        steps: Array = tensor.data / weight.by_channel(scale)
-        np.rint(steps, out=steps)
-        integers[tensor.name] = np.clip(steps, -LARGEST, LARGEST, out=steps).astype(np.int8)
+        integers[tensor.name] = rounded_codes(values, weight.by_channel(scale))
         model = model or unpack(content)
         _put(model, tensor.name, weight.by_channel(np.zeros_like(scale)))
     return (bytes(content) if model is None else pack(model, len(content))), integers
@@ -48,7 +47,7 @@ def put_back(content: bytes, integers: Mapping[str, Array]) -> bytes:
     model = unpack(content)
     for name, values in integers.items():
         _put(model, name, values)
-    return pack(model, len(content) + sum(map(_bytes, integers.values())))
+    return pack(model, len(content) + sum(values.nbytes for values in integers.values()))
 
 
 def _put(model: Any, name: str, values: Array) -> None:
@@ -57,7 +56,3 @@ def _put(model: Any, name: str, values: Array) -> None:
             if bytes(tensor.name or b"").decode() == name:
                 tensor.shape = list(values.shape)
                 model.buffers[tensor.buffer].data = np.frombuffer(values.tobytes(), np.uint8)
-
-
-def _bytes(values: Array | None) -> int:
-    return 0 if values is None else values.nbytes
