@@ -83,8 +83,7 @@ class _Seen:
     """Sums over what passes one layer, forwards and backwards."""
 
     def __init__(self) -> None:
-        self.squares: Tensor | None = None
-        self.moments: Tensor | None = None
+        self.sums: Tensor | None = None  # positions, values, their squares, those of slopes
 
     def watching(self, probes: list[Tensor]) -> Any:
         """Return a forward hook that makes the output differentiable and watches its gradient."""
@@ -99,12 +98,11 @@ class _Seen:
             probes.append(probe)
             rows = _by_channel(module, output.detach())
             count = torch.full_like(rows[:, 0], rows.shape[1])
-            moments = torch.stack([count, rows.sum(1), rows.square().sum(1)])
+            moments = count, rows.sum(1), rows.square().sum(1)
 
             def gradient(slope: Tensor) -> None:
-                squares = _by_channel(module, slope).square().sum(1)
-                self.squares = squares if self.squares is None else self.squares + squares
-                self.moments = moments if self.moments is None else self.moments + moments
+                sums = torch.stack([*moments, _by_channel(module, slope).square().sum(1)])
+                self.sums = sums if self.sums is None else self.sums + sums
 
             probed.register_hook(gradient)
             return probed
@@ -112,11 +110,11 @@ class _Seen:
         return note
 
     def curvature(self, samples: int) -> Curvature | None:
-        if self.squares is None or self.moments is None:
+        if self.sums is None:
             return None
-        count, total, squared = self.moments
+        count, total, squared, slopes = self.sums
         variance = (squared / count - (total / count).square()).clamp_min(0)
-        return Curvature(self.squares / samples, variance)
+        return Curvature(slopes / samples, variance)
 
 
 def _signed(output: Tensor, signs: torch.Generator) -> Tensor:
