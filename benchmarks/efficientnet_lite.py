@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
-import json
 import resource
 import tempfile
 import time
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rows import keep
 from torch import Tensor, nn
 
 from torchclust import cluster_
@@ -102,7 +102,9 @@ def measure(model: nn.Module, images: Tensor, args: argparse.Namespace) -> None:
     seen, judged = order[:INPUTS], order[INPUTS:]
     answered = answers(model, images[judged])
     plain = encoded(model, images[seen[: args.calibration]], args.accelerator)
-    say(network=args.network, clusters=None, **plain, **paired(answered, answered, judged))
+    keep(
+        RESULTS, network=args.network, clusters=None, **plain, **paired(answered, answered, judged)
+    )
     for k in args.clusters:
         for rate in args.rates:
             clustered = copy.deepcopy(model)
@@ -116,7 +118,8 @@ def measure(model: nn.Module, images: Tensor, args: argparse.Namespace) -> None:
             found = paired(answered, answers(clustered, images[judged]), judged)
             sizes = encoded(clustered, images[seen[: args.calibration]], args.accelerator)
             share = round(sizes["vela"] / plain["vela"], 3)
-            say(
+            keep(
+                RESULTS,
                 network=args.network,
                 clusters=k,
                 rate=rate,
@@ -125,12 +128,6 @@ def measure(model: nn.Module, images: Tensor, args: argparse.Namespace) -> None:
                 **seconds,
                 **sizes,
             )
-
-
-def say(**found: Any) -> None:
-    print(json.dumps(found), flush=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(found) + "\n")
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from rows import keep
 from torch import Tensor, nn
 
 from torchclust import cluster_, strip_, zoo
@@ -268,10 +269,7 @@ def main() -> None:
         for batch_norm in (choice == "on" for choice in args.batch_norm):
             for name in points():
                 if kind(name) in args.points and (batch_norm, seed, name) not in done:
-                    row = measure(data, seed, batch_norm, name)
-                    with RESULTS.open("a") as file:
-                        print(json.dumps(row), file=file, flush=True)
-                    print(json.dumps(row), flush=True)
+                    keep(RESULTS, **measure(data, seed, batch_norm, name))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from rows import keep
 from torch import Tensor, nn
 
 import torchclust
@@ -191,9 +192,7 @@ def priced(args: argparse.Namespace) -> None:
     data = fashion_mnist()
     for seed in range(args.seeds):
         row = priced_row(trained(args.network, seed, args.epochs, data), data, seed)
-        with RESULTS.open("a") as file:
-            print(json.dumps({"network": args.network, "seed": seed, **row}), file=file)
-        print(args.network, seed, json.dumps(row), flush=True)
+        keep(RESULTS, network=args.network, seed=seed, **row)
 
 
 def priced_row(model: nn.Module, data: Data, seed: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rows import keep
 from torch import Tensor, nn
 
 from torchclust.model.charge import charge_
@@ -215,10 +216,7 @@ def main() -> None:
     for seed in settings.seeds:
         settings.seed = seed
         for rate in settings.rates:
-            row = run(settings.network, data, settings, rate)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(row, flush=True)
+            keep(RESULTS, **run(settings.network, data, settings, rate))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import keep
 from squeezenet_bytes import SqueezeNet
 from torch import Tensor, nn
 
@@ -133,7 +134,7 @@ def given(network: Network, args: argparse.Namespace) -> tuple[nn.Module, Data |
 def measure(name: str, args: argparse.Namespace) -> None:
     model, data, images = given(NETWORKS[name], args)
     before = sizes(model, images, args.accelerator)
-    say(network=name, accuracy=accuracy(model, data), **before)
+    keep(RESULTS, network=name, accuracy=accuracy(model, data), **before)
     for k in args.clusters:
         for dtype in ("float32", "int8"):
             for inputs in (None, images) if args.with_inputs else (None,):
@@ -144,7 +145,8 @@ def measure(name: str, args: argparse.Namespace) -> None:
                 cluster_(clustered, rules, codebook_dtype=dtype, inputs=inputs)
                 after = sizes(clustered, images, args.accelerator)
                 shares = {key: round(after[key] / before[key], 3) for key in MEASURES}
-                say(
+                keep(
+                    RESULTS,
                     network=name,
                     clusters=k,
                     codebook=dtype,
@@ -170,12 +172,6 @@ def table() -> str:
         numbers = ", ".join(str(k) for k in sorted({row["clusters"] for row in found}))
         lines.append(f"| {name} | {numbers} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def say(**found: Any) -> None:
-    print(json.dumps(found), flush=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(found) + "\n")
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rows import keep
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -154,9 +154,7 @@ def main() -> None:
             "all": judged(before, after, order),
             "cpu_s": round(seconds, 1),
         }
-        print(json.dumps(found), flush=True)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(found) + "\n")
+        keep(RESULTS, **found)
 
 
 if __name__ == "__main__":
