@@ -1,7 +1,7 @@
 """The blocks of a model: parts that run one after the other, found by watching one forward pass.
 
-A block is a chain of modules, each fed by the one before it and by nothing else. It starts with a
-module that holds clustered weights and takes in what follows without any (norm, activation,
+A block is a chain of modules, each fed by the one before it and by nothing else that could change
+from batch to batch. It starts with a module that holds clustered weights and takes in what follows without any (norm, activation,
 pooling). A residual or attention block is one module and stays whole; containers of several are
 opened. So errors are measured where they matter: behind the shortcut's addition.
 """
@@ -27,12 +27,16 @@ _MOST = {True: 3, False: 6}  # clustered weights in one block: of a container, o
 
 @dataclass(frozen=True)
 class Block:
-    """Modules by path, each called once per forward pass of the model with the last one's output.
+    """Modules that run one after the other, each once per forward pass of the model.
 
-    ``chained`` says that the block's own input is nothing but the output of the block before.
+    Attributes:
+        paths: of the modules. Each but the first is called with what the one before it gave.
+        beside: constants that each is called with behind that.
+        chained: whether the first is called with what the block before gave.
     """
 
     paths: tuple[str, ...]
+    beside: tuple[Call, ...]
     chained: bool
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
@@ -43,9 +47,13 @@ class Block:
         """Run the block alone."""
         first, *rest = self.modules(model)
         value = call.of(first)
-        for module in rest:
-            value = module(value)
+        for module, beside in zip(rest, self.beside[1:], strict=True):
+            value = module(value, *beside.args, **beside.kwargs)
         return value
+
+    def fed(self, value: Any) -> Call:
+        """What a chained block is called with, where the block before gave `value`."""
+        return Call((value, *self.beside[0].args), self.beside[0].kwargs)
 
     def input_of(self, model: nn.Module, call: Call) -> Call:
         """Run the model up to this block and return what the block is called with."""
@@ -54,9 +62,10 @@ class Block:
 
 @dataclass(frozen=True)
 class _Run:
-    """One call of a module: what came out, and the module's sole input, each with its version.
+    """One call of a module: what came out, and its sole input, each with its version.
 
-    The version tells whether the tensor was changed in place between two modules.
+    The version tells whether the tensor was changed in place between two modules. `beside` are the
+    other arguments, if they are constants; else there is no sole input.
     """
 
     path: str
@@ -64,9 +73,11 @@ class _Run:
     result_version: int
     fed: Any
     fed_version: int
+    beside: Call
 
     def follows(self, before: _Run) -> bool:
-        return self.fed is before.result and self.fed_version == before.result_version
+        same = self.fed is not None and self.fed is before.result
+        return same and self.fed_version == before.result_version
 
 
 def find_blocks(
@@ -98,7 +109,7 @@ def find_blocks(
     occupied = {path for path, unit in units.items() if any(id(m) in held for m in unit.modules())}
     once = [run for run in runs if counts[run.path] == 1]
     return [
-        Block(tuple(run.path for run in group), chained)
+        Block(tuple(run.path for run in group), tuple(run.beside for run in group), chained)
         for group, chained in _grouped(once, occupied, merge=names is None)
         if names is not None or any(run.path in occupied for run in group)
     ]
@@ -186,11 +197,12 @@ def _module_at(model: nn.Module, name: str) -> nn.Module:
 
 def _trace(model: nn.Module, call: Call, units: Mapping[str, nn.Module]) -> list[_Run]:
     runs: list[_Run] = []
-    pending: list[tuple[Any, int]] = []
+    pending: list[tuple[Any, int, Call]] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sole = args[0] if len(args) == 1 and not kwargs else None
-        pending.append((sole, _version(sole)))
+        beside = Call(args[1:], kwargs)
+        sole = args[0] if args and _is_constant((beside.args, kwargs)) else None
+        pending.append((sole, _version(sole), beside))
 
     def after(path: str, result: Any) -> None:
         runs.append(_Run(path, result, _version(result), *pending.pop()))
@@ -206,6 +218,15 @@ def _trace(model: nn.Module, call: Call, units: Mapping[str, nn.Module]) -> list
 
 def _after(note: Callable[[str, Any], None], path: str, _: nn.Module, args: Any, out: Any) -> None:
     note(path, out)
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether the next batch will bring the same. An integer may be a size, so it need not be."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_constant, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_constant, value.values()))
+    return value is None or isinstance(value, bool | float | str)
 
 
 def _version(value: Any) -> int:

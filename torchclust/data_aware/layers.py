@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchclust.data_aware.batches import Call
-from torchclust.data_aware.blocks import Block
+from torchclust.data_aware.blocks import Block, first_call
 from torchclust.data_aware.input_moments import CONVOLUTIONS
 from torchclust.weight.config import ClusterConfig
 
@@ -79,14 +79,9 @@ class Side:
         if self.block is None or not block.chained:
             self.stored = [block.input_of(self.model, call) for call in self.batches]
         else:
-            self.leave()
+            for i, call in enumerate(self.stored):  # one by one, to save memory
+                self.stored[i] = block.fed(self.block.run(self.model, call))
         self.block = block
-
-    def leave(self) -> None:
-        """Replace the stored inputs by the block's outputs, one by one to save memory."""
-        assert self.block is not None
-        for i, call in enumerate(self.stored):
-            self.stored[i] = Call((self.block.run(self.model, call),))
 
 
 def within(layer: Layer, block: Block) -> bool:
@@ -138,21 +133,34 @@ def norms_behind(
 
 
 def inputs_of(layer: Layer, before: Side, after: Side) -> Iterator[tuple[Tensor, Tensor]]:
-    """What reaches the layer in the float model and in the clustered one, batch by batch."""
-    modules = before.model.get_submodule(layer.path), layer.module
+    """What reaches the layer in the float model and in the clustered one, batch by batch.
+
+    A layer that runs once on the first batch is taken to do so on all: the block runs no further.
+    """
+    sides = (before, before.model.get_submodule(layer.path)), (after, layer.module)
+    once = False
     for calls_of_batch in zip(before.stored, after.stored, strict=True):
-        seen: list[list[Tensor]] = []
-        for side, module, call in zip((before, after), modules, calls_of_batch, strict=True):
-            inputs: list[Tensor] = []
-            note = functools.partial(_note_input, inputs)
-            handle = module.register_forward_pre_hook(note)
-            try:
-                assert side.block is not None
-                side.block.run(side.model, call)
-            finally:
-                handle.remove()
-            seen.append(inputs)
-        yield from zip(*seen, strict=True)
+        inputs = [
+            _inputs_in(side, module, call, once)
+            for (side, module), call in zip(sides, calls_of_batch, strict=True)
+        ]
+        once = once or len(inputs[0]) == 1
+        yield from zip(*inputs, strict=True)
+
+
+def _inputs_in(side: Side, module: nn.Module, call: Call, once: bool) -> list[Tensor]:
+    """What the block at work, called so, calls the module with."""
+    assert side.block is not None
+    run = functools.partial(side.block.run, side.model, call)
+    if once:
+        return [first_call(module, run).args[0]]
+    inputs: list[Tensor] = []
+    handle = module.register_forward_pre_hook(functools.partial(_note_input, inputs))
+    try:
+        run()
+    finally:
+        handle.remove()
+    return inputs
 
 
 def _note_input(inputs: list[Tensor], module: nn.Module, args: tuple[Tensor, ...]) -> None:
