@@ -1,9 +1,10 @@
 """The blocks of a model: parts that run one after the other, found by watching one forward pass.
 
 A block is a chain of modules, each fed by the one before it and by nothing else that could change
-from batch to batch. It starts with a module that holds clustered weights and takes in what follows without any (norm, activation,
-pooling). A residual or attention block is one module and stays whole; containers of several are
-opened. So errors are measured where they matter: behind the shortcut's addition.
+from batch to batch. It starts with a module that holds clustered weights and takes in what follows
+without any (norm, activation, pooling). A residual or attention block is one module and stays
+whole; containers of several are opened. So errors are measured where they matter: behind the
+shortcut's addition.
 """
 
 from __future__ import annotations
