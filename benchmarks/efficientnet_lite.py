@@ -66,17 +66,18 @@ def scaled(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def answers(model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([model(scaled(part)).argmax(1) for part in images.split(50)])
+    return torch.cat([model(scaled(part)).log_softmax(1) for part in images.split(50)])
 
 
 def paired(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracies, the difference in points, and its standard error over the images."""
-    differences = ((after == labels).float() - (before == labels).float()) * 100
+    """Accuracies, the difference in points with its standard error, and the mean divergence."""
+    first, second = (100 * (found.argmax(1) == labels).float() for found in (before, after))
     return {
-        "before": 100 * float((before == labels).float().mean()),
-        "after": 100 * float((after == labels).float().mean()),
-        "points": float(differences.mean()),
-        "standard_error": float(differences.std() / len(labels) ** 0.5),
+        "before": float(first.mean()),
+        "after": float(second.mean()),
+        "points": float((second - first).mean()),
+        "standard_error": float((second - first).std() / len(labels) ** 0.5),
+        "divergence": float((before.exp() * (before - after)).sum(1).mean()),
     }
 
 

@@ -56,13 +56,13 @@ def entropy(layer: nn.Module) -> float:
 
 
 def train(layer: nn.Module, steps: int = 60, share: float | None = None) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
+    generator, inputs = torch.Generator().manual_seed(1), latent_of(layer).shape[1]
     optimizer = torch.optim.Adam(layer.parameters(), 1e-2)
     with torch.no_grad():
         teacher = latent_of(layer).clone()
     for step in range(steps):
         optimizer.zero_grad()
-        x = torch.randn(64, 60, generator=generator)
+        x = torch.randn(64, inputs, generator=generator)
         (layer(x) - x @ teacher.T).square().mean().backward()
         charge_(layer, min(1.0, 2 * step / steps) if share is None else share)
         optimizer.step()
@@ -164,6 +164,39 @@ def test_a_price_makes_fewer_bits(options: dict[str, Any]) -> None:
     assert entropy(cheap) < 0.8 * entropy(free)
     assert refit_(cheap) is cheap
     assert strip_(cheap).weight.unique().numel() <= 9 * 32
+
+
+@pytest.mark.parametrize("n_clusters", [3, 9, 31, 200])
+@pytest.mark.parametrize("options", SHARING, ids=str)
+def test_one_search_finds_the_centroid_and_the_gap(
+    n_clusters: int, options: dict[str, Any]
+) -> None:
+    """What a step assigns is what an evaluation does; the pull is that of the gap, looked up."""
+    torch.manual_seed(0)
+    layer = nn.Linear(300, 32)
+    nn.init.normal_(layer.weight)
+    with torch.no_grad():
+        layer.weight[3] *= layer.weight[3].abs() > 0.5
+    cluster_(layer, n_clusters, assignment="nearest", rate=0.05, **options)
+    train(layer, steps=3)
+    lookup, latent = lookup_of(layer), latent_of(layer)
+    x = torch.ones(1, 300)
+    trained = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), trained)
+        places = lookup._places(lookup._codebook(lookup.trained(latent)))
+        unit = torch.ones(32)
+        if options.get("codebook_dtype") == "int8":
+            unit = lookup._divisors()  # type: ignore[operator]
+        tables, bits = places.expand(32, -1), lookup.bits().expand(32, -1)
+        pulls = [
+            slopes_of_bits(w, t, b)
+            for w, t, b in zip(latent / unit[:, None], tables, bits, strict=True)
+        ]
+        wanted = torch.stack(pulls) / unit[:, None]
+    latent.grad = torch.zeros_like(latent)
+    charge_(layer)
+    assert torch.allclose(latent.grad * latent.numel() / (4 * 0.05), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_counts_follow_the_present_members() -> None:

@@ -6,7 +6,7 @@ Contract: see `torchclust.weight.parametrization`, which says what a codebook is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,22 @@ from torchclust.weight.lookup import Memory, grouped_sum, lookup
 from torchclust.weight.stored import Stored
 
 _PARAMETERS = ("centroids", "relative_scale")
+_COUNTABLE = 255  # limits that a count in uint8 tells apart
+
+
+@dataclass(frozen=True, eq=False)
+class _Located:
+    """Where the weights stand among the centroids, output channels first.
+
+    Attributes:
+        indices: of the centroid that each is assigned to.
+        steps: how far each has come along the axis, in steps that `gaps` knows.
+        gaps: of every step, between which two centroids it lies: ``(..., steps)``.
+    """
+
+    indices: Tensor
+    steps: Tensor
+    gaps: Tensor
 
 
 class ClusteredWeight(Stored):
@@ -50,7 +66,7 @@ class ClusteredWeight(Stored):
         self.first_original: Tensor | None = tensors["original"]
         self._cached: EvaluationCache | None = None
         self._memory = Memory()
-        self._assigned: Tensor | None = None  # by the last priced forward pass, for `charge_`
+        self._located: _Located | None = None  # by the last priced forward pass, for `charge_`
         for name, tensor in tensors.items():
             if name in _PARAMETERS:
                 # At a price weights move through the codebook. An optimizer's steps, as wide for it
@@ -128,20 +144,42 @@ class ClusteredWeight(Stored):
         """Indices with output channels first, as `lookup` wants them beside a table of rows."""
         if self.config.assignment == "fixed":
             return self._rows(self._tensor("indices"))
-        priced = self.is_priced
-        indices = (self._cheapest if priced else self._nearest)(self._rows(original), codebook)
-        if self.config.preserve_sparsity:
-            zero = self._index_of_zero(codebook)
-            indices = torch.where(self._rows(self._tensor("sparsity_mask")), zero, indices)
-        if priced and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._assigned = indices
-        return indices
+        rows = self._rows(original)
+        if not self.is_priced:
+            return self._zeros_kept(self._nearest(rows, codebook), codebook)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            limits = self._priced_limits(self._places(codebook))
+            return self._zeros_kept(self._count_below(rows, limits), codebook)
+        self._located = found = self._locate(rows, codebook)
+        return found.indices
 
-    def _cheapest(self, rows: Tensor, codebook: Tensor) -> Tensor:
-        """Indices of the least squared distance plus price of their bits: midpoints that moved."""
+    def _zeros_kept(self, indices: Tensor, codebook: Tensor) -> Tensor:
+        if not self.config.preserve_sparsity:
+            return indices
+        zero = self._index_of_zero(codebook)
+        return torch.where(self._rows(self._tensor("sparsity_mask")), zero, indices)
+
+    def _priced_limits(self, places: Tensor) -> Tensor:
+        """Cells of the least squared distance plus price of their bits: midpoints that moved."""
         price = self._tensor("bit_price") * self._tensor("price_share")
-        limits = priced_midpoints(self._places(codebook), self.bits(), price)
-        return self._count_below(rows, limits)
+        return priced_midpoints(places, self.bits(), price)
+
+    @torch.no_grad()
+    def _locate(self, rows: Tensor, codebook: Tensor) -> _Located:
+        """Find the cheapest centroid and the gap of every weight, where possible in one search."""
+        places = self._places(codebook)
+        limits, borders = self._priced_limits(places), places[..., 1:-1]
+        if limits.shape[-1] + borders.shape[-1] > _COUNTABLE:
+            indices, steps = self._count_below(rows, limits), self._count_below(rows, borders)
+            gaps = torch.arange(borders.shape[-1] + 1, device=rows.device)
+            gaps = gaps.expand(*borders.shape[:-1], -1)
+            return _Located(self._zeros_kept(indices, codebook), steps, gaps)
+        merged, order = torch.cat([limits, borders], -1).sort(-1)
+        passed = (order < limits.shape[-1]).cumsum(-1)
+        cells = nn.functional.pad(passed, (1, 0))
+        steps = self._count_below(rows, merged)
+        indices = self._zeros_kept(lookup(cells.byte(), steps), codebook)
+        return _Located(indices, steps, torch.arange(cells.shape[-1], device=rows.device) - cells)
 
     @property
     def is_priced(self) -> bool:
@@ -158,17 +196,16 @@ class ClusteredWeight(Stored):
             price: of a bit, whole, in units of the loss.
         """
         assert latent.grad is not None
-        rows, codebook = self._rows(latent), self._codebook(self.trained(latent))
+        codebook = self._codebook(self.trained(latent))
+        found = self._located or self._locate(self._rows(latent), codebook)
+        self._located = None
         places = self._places(codebook)
         if places.shape[-1] > 1:
-            gaps = self._count_below(rows, places[..., 1:-1])
-            slopes = self._per_weight(slopes_between(places, self.bits()))
-            latent.grad.add_(self._rows(lookup(slopes, gaps)), alpha=share * price)
+            slopes = slopes_between(places, self.bits()).take_along_dim(found.gaps, -1)
+            pull = self._in_units_of_weight(lookup(slopes, found.steps))
+            latent.grad.add_(self._rows(pull), alpha=share * price)
         self._tensor("price_share").fill_(share)
-        assigned = self._assigned
-        indices = self._indices(latent, codebook) if assigned is None else assigned
-        self._assigned = None
-        counts = self.members_of(indices, codebook)
+        counts = self.members_of(found.indices, codebook)
         members = self._tensor("members")
         members.lerp_(counts.to(members.dtype), RECENT)
 
@@ -184,9 +221,9 @@ class ClusteredWeight(Stored):
         """How many of the limits, in those units and that shape, lie below each weight."""
         raise NotImplementedError
 
-    def _per_weight(self, slopes: Tensor) -> Tensor:
-        """Slopes in those units as slopes of the weight, in the shape of the table but for k."""
-        return slopes
+    def _in_units_of_weight(self, pull: Tensor) -> Tensor:
+        """Slopes in those units as slopes of the weight, output channels first."""
+        return pull
 
     def price_unit(self) -> Tensor:
         """Those units, in units of the weight."""
@@ -213,7 +250,7 @@ class ClusteredWeight(Stored):
         return tensor
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cached": None, "_assigned": None}
+        return {**super().__getstate__(), "_cached": None, "_located": None}
 
     def _codebook(self, trained: Tensor) -> Tensor:
         """What the trained tensor stands for; ascending where assignments are sought in it."""

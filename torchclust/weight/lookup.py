@@ -25,7 +25,12 @@ from torchclust.fitting.threads import in_blocks, must_be_traceable
 
 _BLOCK = 1 << 15  # indices at a time: widened they stay in the cache, and torch starts no threads
 _SHARED = 4  # as many at a time where threads share a gather: fewer hand-overs between them
-_DOUBLE = {torch.float32: torch.int64, torch.float16: torch.int32, torch.bfloat16: torch.int32}
+_DOUBLE = {
+    torch.float32: torch.int64,
+    torch.float16: torch.int32,
+    torch.bfloat16: torch.int32,
+    torch.uint8: torch.int16,
+}
 _LANES = 2048  # accumulators per centroid on an accelerator, so that atomics rarely meet
 
 
@@ -62,7 +67,7 @@ def lookup(
     """Replace every index by its value in the table.
 
     Args:
-        table: ``(k,)``, or ``(rows, k)`` with ``rows == indices.shape[0]``; floating.
+        table: ``(k,)``, or ``(rows, k)`` with ``rows == indices.shape[0]``; floating or ``uint8``.
         indices: ``uint8``, any shape, each below ``k``.
         through: a tensor of the indices' shape that receives the result's gradient unchanged (the
             straight-through estimator), so that a weight can train behind its lookup.
@@ -202,13 +207,15 @@ def _in_pairs(table: Tensor, index: Tensor, out: Tensor) -> tuple[Tensor, Tensor
 
     A gather's time goes into addresses, not bytes. Two uint8 indices, i and j, are one of 16 bits,
     and two values one of twice their size, at ``i + 256 j`` in a table of all pairs; of its 256 k
-    entries k squared are ever read, so it stays in the first-level cache. The others are NaN.
+    entries k squared are ever read, so it stays in the first-level cache. The others are NaN, or 0
+    in a table of integers.
     """
     double = _DOUBLE.get(table.dtype)
     odd = index.numel() % 2 or index.storage_offset() % 2
     if double is None or odd or sys.byteorder != "little" or index.numel() < 1024 * len(table):
         return table, index, out
-    pairs = table.new_full((len(table), 256, 2), torch.nan)
+    unread = torch.nan if table.is_floating_point() else 0
+    pairs = table.new_full((len(table), 256, 2), unread)
     pairs[:, : len(table), 0] = table
     pairs[:, :, 1] = table[:, None]
     return pairs.view(double).view(-1), index.view(torch.uint16), out.view(double)

@@ -130,8 +130,8 @@ class IntegerClusteredWeight(ClusteredWeight):
     def _count_below(self, rows: Tensor, limits: Tensor) -> Tensor:
         return count_below_in_units(rows, self._divisors(), limits)
 
-    def _per_weight(self, slopes: Tensor) -> Tensor:
-        return slopes / self._divisors()[:, None]
+    def _in_units_of_weight(self, pull: Tensor) -> Tensor:
+        return pull.div_(self._divisors().view(-1, *[1] * (pull.dim() - 1)))
 
     def _divisors(self) -> Tensor:
         """The channels' scales, none of them 0."""
