@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchclust import cluster_
+from torchclust import cluster_, named_clusterings
 from torchclust.data_aware.batches import calls
-from torchclust.data_aware.bit_prices import unit_of_price
-from torchclust.data_aware.curvature import Curvature, curvatures
+from torchclust.data_aware.curvature import curvatures
 
 
 def network() -> nn.Sequential:
@@ -23,41 +22,65 @@ def network() -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Conv2d(6, 4, 3),
         nn.ReLU(inplace=True),
+        nn.AvgPool2d(2),
         nn.Flatten(),
-        nn.Linear(4 * 16, 5),
+        nn.Linear(4 * 4, 5),
     ).eval()
 
 
-def in_full(net: nn.Sequential, at: int, x: Tensor) -> Tensor:
-    """Squared derivatives of all outputs by each channel of layer `at`, mean over samples."""
+def in_full(net: nn.Sequential, at: int, x: Tensor, *, centred: bool) -> Tensor:
+    """Squared derivatives of all outputs by each weight, a channel's over its inputs' variance."""
+    weight, bias = net[at].weight.detach(), net[at].bias.detach()
     with torch.no_grad():
-        hidden, spread = output_of(net, at, x), net(x.clone()).std()
-    found = torch.zeros(hidden.shape[1], dtype=torch.float64)
-    for sample in hidden:
-        jacobian = torch.autograd.functional.jacobian(
-            lambda value: net[at + 1 :](value.clone()), sample[None]
-        )  # (1, outputs, 1, channels, ...)
-        squares = (jacobian[0, :, 0] / spread).double().square()
-        found += squares.transpose(0, 1).flatten(1).sum(1)
-    return found / len(x)
+        fed, outputs = net[:at](x.clone()), net(x.clone())
+    inputs = columns_of(net[at], fed)
+    mean = inputs.mean((0, 2)) if centred else torch.zeros(inputs.shape[1])
+    found = torch.zeros(len(weight), dtype=torch.float64)
+    for sample in fed:
+
+        def output(w: Tensor, b: Tensor, one: Tensor = sample[None]) -> Tensor:
+            with_these = torch.func.functional_call(net[at], {"weight": w, "bias": b}, one.clone())
+            return net[at + 1 :](with_these)[0]
+
+        by_weight, by_bias = torch.autograd.functional.jacobian(output, (weight, bias))
+        errors = by_weight.flatten(2) - by_bias[..., None] * mean
+        found += errors.double().square().sum((0, 2))
+    varying = (inputs - mean[:, None]).square().mean((0, 2)).sum()
+    return found / len(x) / varying / (outputs.std().square() * outputs.shape[1])
 
 
-@torch.no_grad()
-def output_of(net: nn.Sequential, at: int, x: Tensor) -> Tensor:
-    """Of layer `at`, before what follows works on it in place."""
-    return net[at](net[:at](x.clone())) if at else net[at](x)
+def columns_of(layer: nn.Module, fed: Tensor) -> Tensor:
+    """`(samples, d, positions)`."""
+    if isinstance(layer, nn.Conv2d):
+        return nn.functional.unfold(fed, layer.kernel_size, 1, layer.padding)
+    return fed[:, :, None]
 
 
-def test_one_backward_pass_finds_the_diagonal() -> None:
-    net, x = network(), torch.randn(128, 2, 6, 6)
-    modules = {str(i): net[i] for i in (0, 2, 5)}
-    found = curvatures(net, modules, calls(net, [x]))
+@pytest.mark.parametrize("centred", [False, True])
+def test_one_backward_pass_finds_the_diagonal(centred: bool) -> None:
+    net, x = network(), torch.randn(128, 2, 6, 6) + 0.5
+    modules = {str(i): net[i] for i in (0, 2, 6)}
+    found = curvatures(net, modules, calls(net, x), modules if centred else ())
     for name in modules:
-        full = in_full(net, int(name), x)
-        torch.testing.assert_close(found[name].squares, full, rtol=0.35, atol=0)
-        assert float(found[name].squares.sum() / full.sum()) == pytest.approx(1, abs=0.12)
-        rows = output_of(net, int(name), x).transpose(0, 1).flatten(1).double()
-        torch.testing.assert_close(found[name].variance, rows.var(1, correction=0))
+        full = in_full(net, int(name), x, centred=centred)
+        torch.testing.assert_close(found[name], full, rtol=0.35, atol=0)
+        assert float(found[name].sum() / full.sum()) == pytest.approx(1, abs=0.12)
+
+
+def test_it_is_what_random_errors_of_the_weights_do() -> None:
+    """Behind a pooling the errors of all positions add up."""
+    net, x = network(), torch.randn(128, 2, 6, 6) + 0.5
+    (found,) = curvatures(net, {"2": net[2]}, calls(net, x)).values()
+    with torch.no_grad():
+        fed, outputs = net[:2](x.clone()), net(x.clone())
+        power = columns_of(net[2], fed).square().mean((0, 2)).sum()
+        total = 0.0
+        for _ in range(200):
+            noisy = copy.deepcopy(net)
+            noisy[2].weight += 1e-3 * torch.randn_like(noisy[2].weight)
+            total += float((noisy(x.clone()) - outputs).square().sum(1).mean())
+        wanted = total / 200 / 1e-6 / power / (outputs.std().square() * outputs.shape[1])
+    assert float(found.sum()) == pytest.approx(float(wanted), rel=0.15)
 
 
 def test_nothing_of_the_model_changes_and_frozen_ones_are_seen_too() -> None:
@@ -66,7 +89,7 @@ def test_nothing_of_the_model_changes_and_frozen_ones_are_seen_too() -> None:
     with torch.inference_mode():
         x = torch.randn(8, 2, 6, 6)
         found = curvatures(net, {"0": net[0]}, calls(net, x))
-    assert found["0"].power > 0
+    assert found["0"].sum() > 0
     assert all(torch.equal(state[k], v) for k, v in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
     assert not net[0]._forward_hooks
@@ -86,13 +109,14 @@ class Partly(nn.Module):
         return self.seen(x)
 
 
-def test_layers_that_outputs_tell_nothing_of_pay_by_their_own_output() -> None:
+def test_layers_that_outputs_tell_nothing_of_pay_nothing() -> None:
     torch.manual_seed(0)
     net, x = Partly().eval(), torch.randn(64, 16)
     modules = {name: getattr(net, name) for name in ("seen", "hidden", "idle")}
     assert list(curvatures(net, modules, calls(net, x))) == ["seen"]
-    cluster_(net, 8, inputs=x, rate=0.05)
-    assert all(getattr(net, name).weight.unique().numel() <= 8 for name in modules)
+    found = bits(cluster_(net, 8, inputs=x, rate=0.3))
+    assert found["seen"] < 2.2
+    assert min(found["hidden"], found["idle"]) > 2.6
 
 
 def test_classes_instead_of_probabilities_are_no_derivative() -> None:
@@ -105,25 +129,47 @@ def test_classes_instead_of_probabilities_are_no_derivative() -> None:
     cluster_(net, 4, inputs=x, rate=0.05)
 
 
-def test_the_unit_is_the_geometric_mean() -> None:
-    ones = torch.ones(1, dtype=torch.float64)
-    found = {"a": Curvature(4 * ones, ones), "b": Curvature(9 * ones, 4 * ones)}
-    unit = unit_of_price({**found, "dead": Curvature(0 * ones, ones)}, {"a": 2, "b": 6, "dead": 9})
-    assert unit == pytest.approx(math.exp((2 * math.log(2) + 6 * math.log(6)) / 8))
-    assert unit_of_price({}, {}) == 0
+class Padded(nn.Conv2d):
+    """As some do TensorFlow's padding: the layer is fed fewer positions than its output has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+
+def test_a_layer_that_does_more_than_its_kind_pays_nothing() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Padded(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
+    x = torch.randn(32, 2, 6, 6)
+    assert list(curvatures(net, {"0": net[0], "2": net[2]}, calls(net, x))) == ["2"]
+    found = bits(cluster_(net, 8, inputs=x, rate=0.1))
+    assert found["0"] > 2.6 > 2.2 > found["2"]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 6])
+def test_the_outputs_err_by_no_more_than_the_rate_says_however_deep_the_model(depth: int) -> None:
+    """A single layer by that, deeper ones by less, as each makes up for those before it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(depth))).eval()
+    x = torch.randn(512, 128)
+    with torch.no_grad():
+        wanted = net(x)
+        for rate in (0.02, 0.05):
+            found = cluster_(copy.deepcopy(net), 63, inputs=x, rate=rate)(x)
+            error = float((found - wanted).square().mean() / wanted.var())
+            share = error / (rate / (2 * math.log(2)))
+            assert (0.7 if depth == 1 else 0.01) < share < 1.2
 
 
 def bits(model: nn.Module) -> dict[str, float]:
     found = {}
-    for name, parameter in model.named_modules():
-        weight = getattr(parameter, "weight", None)
-        if isinstance(weight, Tensor):
-            counts = weight.unique(return_counts=True)[1].double()
-            found[name] = float((counts * (counts.sum() / counts).log2()).sum() / weight.numel())
+    for name, clustering in named_clusterings(model):
+        share = torch.bincount(clustering.indices.flatten().int()).double()
+        share = share[share > 0] / share.sum()
+        found[name.removesuffix(".weight")] = float(-(share * share.log2()).sum())
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"codebook_dtype": "int8"}])
+@pytest.mark.parametrize("options", [{}, {"codebook_dtype": "int8"}], ids=str)
 def test_layers_that_outputs_mind_get_more_bits(options: dict[str, Any]) -> None:
     """A layer at a tenth of the scale, behind the same inputs, is worth less."""
 
@@ -137,11 +183,10 @@ def test_layers_that_outputs_mind_get_more_bits(options: dict[str, Any]) -> None
 
     torch.manual_seed(0)
     net, x = Sum().eval(), torch.randn(256, 64)
-    mean = {}
-    k = 31 if options else 127  # an int8 grid is no finer than a few thousandths of a weight
-    for rate in (0.002, 0.02):
-        found = bits(cluster_(copy.deepcopy(net), k, inputs=x, rate=rate, **options))
-        assert found["loud"] - found["quiet"] > 1
-        mean[rate] = (found["loud"] + found["quiet"]) / 2
+    loud = {}
+    for rate in (0.0005, 0.005):
+        found = bits(cluster_(copy.deepcopy(net), 127, inputs=x, rate=rate, **options))
+        assert found["loud"] - found["quiet"] > 2.4  # of log2(10), that is 3.3
+        loud[rate] = found["loud"]
     # By theory ten times the price takes half of log2(10) bits off.
-    assert mean[0.002] - mean[0.02] == pytest.approx(0.5 * math.log2(10), abs=0.25)
+    assert loud[0.0005] - loud[0.005] == pytest.approx(0.5 * math.log2(10), abs=0.15)

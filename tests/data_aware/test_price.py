@@ -50,7 +50,7 @@ def error(model: nn.Module, reference: nn.Module, x: Tensor) -> float:
 def test_fewer_bits_for_less_error_than_without_inputs(config: str) -> None:
     layer, x = layer_and_inputs()
     free = cluster_(copy.deepcopy(layer), 9, inputs=x, **CONFIGS[config])
-    aware = cluster_(copy.deepcopy(layer), 9, inputs=x, rate=0.05, **CONFIGS[config])
+    aware = cluster_(copy.deepcopy(layer), 9, inputs=x, rate=0.03, **CONFIGS[config])
     blind = cluster_(copy.deepcopy(layer), 9, rate=0.05, **CONFIGS[config])
     assert bits(aware) < 0.95 * bits(free)
     assert bits(aware) < 1.1 * bits(blind)

@@ -80,7 +80,9 @@ def fit_to_inputs(
             if layer.name not in planned:
                 weights[layer.name] = _write(layer, _fit(layer, layer.importance, seed))
         norms = norms_behind(twin, [y.module for y in layers], lambda: batches[0].of(twin))
-        prices = bit_prices(model, [y for _, found in plan for y in found], batches)
+        observed = [layer for _, found in plan for layer in found]
+        centred = {y.name for y in observed if _absorbs(y, norms.get(y.module))}
+        prices = bit_prices(model, observed, batches, centred)
         before, after = Side(model, batches), Side(twin, batches)
         for block, found in track(plan, "Fitting codebooks"):
             before.enter(block)
@@ -109,12 +111,12 @@ def _fit_observed(
         return _write(layer, _fit(layer, _by_input_channel(layer, pairs), seed))
     moments = InputMoments.of(layer.module, pairs)
     weight = layer.weight.detach().clone()
-    absorbs = norm is not None or isinstance(layer.module._parameters.get("bias"), Tensor)
+    absorbs = _absorbs(layer, norm)
     row_weight = _row_weight(layer, norm)
     kept = without_noise(weight, moments.by_column(moments.spread(absorbs), row_weight, weight))
     layer.weight.data = kept
     if price is not None:
-        row_weight = _by_importance(layer, price.curvature.squares.float())
+        row_weight = _by_importance(layer, price.curvature.float())
     row_weight = row_weight.clamp_min(1e-4)
     alive = kept.flatten(1).any(1).view(-1, *[1] * (weight.dim() - 1))
     targets = moments.targets(weight * alive, row_weight, centred=absorbs, anchor=kept)
@@ -146,6 +148,11 @@ def _fit_at(layer: Layer, rate: float, importance: Tensor, seed: int) -> dict[st
 def _fitted_indices(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
     fitted = make_clustered_weight(layer.config, tensors, channel_dim=layer.channel_dim)
     return fitted.indices_of(tensors["original"]).long()
+
+
+def _absorbs(layer: Layer, norm: nn.Module | None) -> bool:
+    """Whether something behind the layer takes its mean error away."""
+    return norm is not None or isinstance(layer.module._parameters.get("bias"), Tensor)
 
 
 def _absorb(

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from torchclust.data_aware.compensation import Target
+from torchclust.data_aware.shrinkage import centred as covariances
+from torchclust.data_aware.shrinkage import doubt_of, shrunk, sizes_of
 
 _DAMPING = 0.01  # of the mean diagonal, added to it: pulls towards the float weight
 _CONSTANT = 1e-6  # of an input's mean square: a variance that float32 products make of nothing
 _ROUNDING = 1e-3  # of the uncentred diagonal: more than centring can lose in float32 products
+_TOGETHER = 32  # samples whose moments are compared with those of others, at most
 _UNFOLDED = 1 << 24  # elements of unfolded input at a time: 64 MB in float32
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -27,26 +30,33 @@ class InputMoments:
     Attributes:
         x, z: `(groups, d)` means.
         zz, xz: `(groups, d, d)` mean products, not centred.
+        doubt: `(2, groups)` the expected squared error of `zz`, not centred and centred, as that
+            of few samples.
     """
 
     x: Tensor
     z: Tensor
     zz: Tensor
     xz: Tensor
+    doubt: Tensor
 
     @classmethod
     def of(cls, module: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> InputMoments:
         """Take them from pairs ``(x, z)`` of inputs of a Linear or convolution, in blocks."""
         sums: list[Tensor] = []
+        sizes: list[Tensor] = []
         count = 0
-        for pair in pairs:
-            for x, z in zip(*(_columns(module, side) for side in pair), strict=True):
+        for pair in _in_parts(module, pairs):
+            for x, z in zip(*(columns(module, side) for side in pair), strict=True):
+                n = x.shape[2]
                 parts = [x.sum(2), z.sum(2), z @ z.mT, x @ z.mT]
+                sizes.append(sizes_of(parts[2] / n, parts[1] / n))
                 sums = sums or [torch.zeros_like(part, dtype=torch.float64) for part in parts]
                 for total, part in zip(sums, parts, strict=True):
                     total += part
-                count += x.shape[2]
-        return cls(*(total.div_(count) for total in sums))
+                count += n
+        x, z, zz, xz = (total.div_(count) for total in sums)
+        return cls(x, z, zz, xz, doubt_of(sizes_of(zz, z), sizes))
 
     def spread(self, centred: bool) -> Tensor:
         """`(groups, d)`: how much each input varies, or its mean square if not `centred`."""
@@ -76,18 +86,19 @@ class InputMoments:
         rows, near = self._rows(weight), self._rows(anchor)
         zz, xz = self.zz, self.xz
         if centred:
-            zz = zz - self.z[:, :, None] * self.z[:, None]
+            zz = covariances(zz, self.z)
             xz = xz - self.x[:, :, None] * self.z[:, None]
         size = self._sizes(centred)
         unit = size[:, None, None]  # float32 cannot hold the square of every activation
-        damping = _enough_damping(zz / unit)
+        hessian, kept, added = shrunk(zz / unit, self.doubt[int(centred)] / size.square())
+        damping = _enough_damping(hessian)
         diagonal = damping * torch.eye(zz.shape[1], dtype=zz.dtype, device=zz.device)
-        pull = rows @ (xz / unit) + damping * near
+        pull = rows @ (kept * xz / unit) + (damping + added) * near
         weights = (size / size.mean()).repeat_interleave(len(weight) // groups).float()
         return [
             Target(h.float(), p.mT.float().contiguous(), w)
             for h, p, w in zip(
-                zz / unit + diagonal, pull, (row_weight * weights).chunk(groups), strict=True
+                hessian + diagonal, pull, (row_weight * weights).chunk(groups), strict=True
             )
         ]
 
@@ -124,15 +135,35 @@ class InputMoments:
         return weight.detach().double().reshape(len(self.x), -1, self.x.shape[1])
 
 
-def _columns(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
-    """`(groups, d, n)` float32 columns of a layer's input, some samples at a time."""
+def _in_parts(
+    module: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut large batches, and small ones into four, so that there are parts to compare."""
+    for x, z in pairs:
+        if x.dim() > 1 and not _is_single(module, x):
+            size = min(_TOGETHER, max(1, len(x) // 4))
+            yield from zip(x.split(size), z.split(size), strict=True)
+        else:
+            yield x, z
+
+
+def _is_single(module: nn.Module, inputs: Tensor) -> bool:
+    """Whether a convolution is given one sample without a batch's dimension."""
+    return isinstance(module, CONVOLUTIONS) and inputs.dim() == len(module.kernel_size) + 1
+
+
+def columns(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+    """`(groups, d, n)` float32 columns of a Linear's or convolution's input, some at a time.
+
+    `n` counts samples and their positions, one sample after the other.
+    """
     if isinstance(module, nn.Linear):
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
         for part in rows.split(max(1, _UNFOLDED // rows.shape[1])):
             yield part.T[None]
         return
     assert isinstance(module, CONVOLUTIONS)
-    batched = inputs if inputs.dim() == len(module.kernel_size) + 2 else inputs[None]
+    batched = inputs[None] if _is_single(module, inputs) else inputs
     per_sample = module.weight[0].numel() * module.groups * batched[0, 0].numel()
     for part in batched.split(max(1, _UNFOLDED // per_sample)):
         yield _unfolded(module, part.float())
