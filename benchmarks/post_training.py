@@ -37,7 +37,7 @@ from torchclust.zoo.networks import Residual
 FOLDER = Path("runs/post_training")
 RESULTS = Path(__file__).parent / "results" / "post_training_priced.jsonl"
 IMAGES = 512
-RATES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1)
+RATES = (0.002, 0.003, 0.005, 0.01, 0.02, 0.05)
 
 
 def conv(

@@ -5,8 +5,9 @@ Contract: see `torchclust.weight.parametrization`, which says what a codebook is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,26 +20,11 @@ from torchclust.weight.bits import RECENT, price_tensors, slopes_between
 from torchclust.weight.codebooks import fit_rows, relative_error
 from torchclust.weight.config import ClusterConfig, config_as_bytes
 from torchclust.weight.evaluation_cache import EvaluationCache
+from torchclust.weight.located import Located, locate
 from torchclust.weight.lookup import Memory, grouped_sum, lookup
 from torchclust.weight.stored import Stored
 
 _PARAMETERS = ("centroids", "relative_scale")
-_COUNTABLE = 255  # limits that a count in uint8 tells apart
-
-
-@dataclass(frozen=True, eq=False)
-class _Located:
-    """Where the weights stand among the centroids, output channels first.
-
-    Attributes:
-        indices: of the centroid that each is assigned to.
-        steps: how far each has come along the axis, in steps that `gaps` knows.
-        gaps: of every step, between which two centroids it lies: ``(..., steps)``.
-    """
-
-    indices: Tensor
-    steps: Tensor
-    gaps: Tensor
 
 
 class ClusteredWeight(Stored):
@@ -66,7 +52,7 @@ class ClusteredWeight(Stored):
         self.first_original: Tensor | None = tensors["original"]
         self._cached: EvaluationCache | None = None
         self._memory = Memory()
-        self._located: _Located | None = None  # by the last priced forward pass, for `charge_`
+        self._located: Located | None = None  # by the last priced forward pass, for `charge_`
         for name, tensor in tensors.items():
             if name in _PARAMETERS:
                 # At a price weights move through the codebook. An optimizer's steps, as wide for it
@@ -165,21 +151,11 @@ class ClusteredWeight(Stored):
         return priced_midpoints(places, self.bits(), price)
 
     @torch.no_grad()
-    def _locate(self, rows: Tensor, codebook: Tensor) -> _Located:
-        """Find the cheapest centroid and the gap of every weight, where possible in one search."""
+    def _locate(self, rows: Tensor, codebook: Tensor) -> Located:
         places = self._places(codebook)
-        limits, borders = self._priced_limits(places), places[..., 1:-1]
-        if limits.shape[-1] + borders.shape[-1] > _COUNTABLE:
-            indices, steps = self._count_below(rows, limits), self._count_below(rows, borders)
-            gaps = torch.arange(borders.shape[-1] + 1, device=rows.device)
-            gaps = gaps.expand(*borders.shape[:-1], -1)
-            return _Located(self._zeros_kept(indices, codebook), steps, gaps)
-        merged, order = torch.cat([limits, borders], -1).sort(-1)
-        passed = (order < limits.shape[-1]).cumsum(-1)
-        cells = nn.functional.pad(passed, (1, 0))
-        steps = self._count_below(rows, merged)
-        indices = self._zeros_kept(lookup(cells.byte(), steps), codebook)
-        return _Located(indices, steps, torch.arange(cells.shape[-1], device=rows.device) - cells)
+        count_below = functools.partial(self._count_below, rows)
+        found = locate(self._priced_limits(places), places[..., 1:-1], count_below)
+        return replace(found, indices=self._zeros_kept(found.indices, codebook))
 
     @property
     def is_priced(self) -> bool:

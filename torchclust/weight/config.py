@@ -51,9 +51,9 @@ class ClusterConfig:
             ``"nearest"``, trained for fewer bits as well as for less error. In units of the
             weight's variance per bit and weight where weights are fitted and assigned
             (`torchclust.fit_codebook`), of the loss where they train (`torchclust.charge_`), and
-            with ``cluster_(inputs=)`` of what the weights' variances, on the geometric mean, are
-            worth to the model's outputs. With ``"nearest"`` and the inits ``"optimal"`` and
-            ``"linear"`` codebooks start evenly spaced, in the step that pays
+            with ``cluster_(inputs=)`` of what the model's outputs vary by, for a bit in every
+            weight (`torchclust.data_aware.bit_prices`). With ``"nearest"`` and the inits
+            ``"optimal"`` and ``"linear"`` codebooks start evenly spaced, in the step that pays
             (`torchclust.fitting.even`), and stand still.
 
     Raises:
