@@ -132,6 +132,27 @@ def test_without_labels_none_is_read(tmp_path: Path, monkeypatch, quantize: bool
     assert error < 0.5 * before
 
 
+def test_clustering_may_see_inputs_where_there_are_labels_too(tmp_path: Path) -> None:
+    """It starts closer to the trained model, and is then fine-tuned with labels."""
+    before, after = {}, {}
+    for inputs in (0, 200):
+        content = {**SMALL, "cluster": {"n_clusters": 3, "inputs": inputs}}
+        prepared = prepare(parse_recipe(content))
+        networks = train_networks(prepared, Stages(tmp_path, progress=False))
+        before[inputs] = networks.accuracy["before_finetune"]
+        after[inputs] = networks.accuracy["clustered"]
+    assert before[200] > before[0] + 1
+    assert after[200] != before[200]
+
+
+def test_without_labels_there_must_be_inputs() -> None:
+    content = {**SMALL, "cluster": {"inputs": 0}, "finetune": {"labels": False}}
+    with pytest.raises(
+        RecipeError, match="cluster.inputs: 0 leaves nothing to see .* give a number"
+    ):
+        parse_recipe(content)
+
+
 def test_pruned_zeros_stay_through_clustering_and_finetuning(tmp_path: Path) -> None:
     content = {**SMALL, "prune": {"sparsity": 0.8, "epochs": 2}}
     content["cluster"] = {"n_clusters": 8, "preserve_sparsity": True, "assignment": "nearest"}

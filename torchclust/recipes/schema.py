@@ -36,6 +36,7 @@ from torchclust.weight.config import (
     Init,
 )
 
+UNLABELLED = 512  # samples that ``finetune.labels: false`` sees, unless `cluster.inputs` says
 Schedule = Literal["constant", "cosine"]  # of the learning rate; cosine falls to 0
 
 
@@ -83,6 +84,9 @@ class ClusterSection(Section):
     )
     max_accuracy_drop: float | None = Field(
         None, gt=0, description="points; chooses the smallest n_clusters that keep within it"
+    )
+    inputs: int | None = Field(
+        None, ge=0, description="training samples whose outputs clustering keeps; null: none"
     )
 
     @property
@@ -183,9 +187,10 @@ class ClusterSection(Section):
 class FinetuneSection(Section):
     """Training of the clustered model, at a lower learning rate; the control trains as long.
 
-    With ``labels: false`` only 512 unlabelled images are there: the model is clustered for the
-    outputs that they give, and `torchclust.distill_` brings these back to the unclustered model's,
-    150 steps a block for each of `epochs`. The control is then the trained model itself.
+    With ``labels: false`` only `cluster.inputs` unlabelled images are there, 512 by default: the
+    model is clustered for the outputs that they give, and `torchclust.distill_` brings these back
+    to the unclustered model's, 150 steps a block for each of `epochs`. The control is then the
+    trained model itself.
     """
 
     epochs: int = Field(1, ge=0, description="passes over the training set")
@@ -194,7 +199,7 @@ class FinetuneSection(Section):
         "constant", description="of the rate: constant, or cosine, down to 0 over the epochs"
     )
     quantize_activations: bool = Field(False, description="fake-quantize activations meanwhile")
-    labels: bool = Field(True, description="false: 512 images and the unclustered model")
+    labels: bool = Field(True, description="false: a few images and the unclustered model")
 
 
 class ExportSection(Section):
@@ -294,6 +299,11 @@ class Recipe(Section):
         for section, needed in (("finetune", "cluster"), ("vela", "export"), ("tflm", "export")):
             if getattr(self, section) is not None and getattr(self, needed) is None:
                 raise ValueError(f"{section} needs the section {needed}, which is absent")
+        if not self.inputs and not self.labels:
+            raise ValueError(
+                "cluster.inputs: 0 leaves nothing to see where finetune.labels is false: give a "
+                f"number of samples, or leave it out ({UNLABELLED})"
+            )
         needs_labels = self.cluster and self.cluster.max_accuracy_drop is not None
         if needs_labels and self.finetune and not self.finetune.labels:
             raise ValueError(
@@ -312,6 +322,17 @@ class Recipe(Section):
         subject = self.model if self.module is None else self.module
         assert subject is not None
         return subject
+
+    @property
+    def labels(self) -> bool:
+        """Whether there are labels once the model is trained."""
+        return self.finetune is None or self.finetune.labels
+
+    @property
+    def inputs(self) -> int:
+        """How many samples clustering sees; 0: weights alone."""
+        given = self.cluster.inputs if self.cluster else None
+        return (0 if self.labels else UNLABELLED) if given is None else given
 
     @property
     def lr(self) -> float:

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
 
 AT_ONCE = 250  # samples whose activations set the first ranges
-UNLABELLED = 512  # training samples that ``finetune.labels: false`` sees
 STEPS_PER_EPOCH = 150  # of `torchclust.distill_`, for each of its stages
 
 
@@ -194,9 +193,8 @@ class Training:
         depends["labels"] = self.recipe.finetune is None or self.recipe.finetune.labels
 
         def compute() -> Result:
-            inputs = self._unlabelled(start)
-            if inputs is None:
-                inputs = self.task.inputs(start, choice.SAMPLES, self.recipe.seed)
+            count = choice.SAMPLES if self.recipe.labels else self.recipe.inputs
+            inputs = self.task.inputs(start, count, self.recipe.seed)
             network, distance = self.task.network(start), self.task.distance
             curves = choice.curves_of(self.recipe, network, inputs, distance)
             return {"curves": {n: [list(astuple(c)) for c in cs] for n, cs in curves.items()}}
@@ -207,11 +205,9 @@ class Training:
     def cluster(self, start: LightningModule) -> tuple[LightningModule, float]:
         """Return the clustered module, before it is fine-tuned."""
         depends = self._sections("prune", "cluster")
-        if self._does_without_labels:
-            depends["inputs"] = UNLABELLED
-        return self._stage(
-            "cluster", depends, lambda: self._clustered(start, self._unlabelled(start))
-        )
+        if self.recipe.inputs:
+            depends["inputs"] = self.recipe.inputs
+        return self._stage("cluster", depends, lambda: self._clustered(start, self._inputs(start)))
 
     def _clustered(
         self, start: LightningModule, inputs: tuple[Tensor, ...] | None
@@ -225,7 +221,7 @@ class Training:
     ) -> tuple[LightningModule, float]:
         """Return the clustered module, fine-tuned with labels or distilled without."""
         depends = self._sections("prune", "cluster", "finetune")
-        if self._does_without_labels:
+        if not self.recipe.labels:
             return self._stage("distill", depends, lambda: self._distilled(clustered, teacher))
         return self._stage("finetune", depends, lambda: self._finetuned(clustered))
 
@@ -244,7 +240,7 @@ class Training:
         return self._fit(clustered, [phase], [callback])
 
     def _distilled(self, clustered: LightningModule, teacher: LightningModule) -> LightningModule:
-        section, inputs = self.recipe.finetune, self._unlabelled(clustered)
+        section, inputs = self.recipe.finetune, self._inputs(clustered)
         assert section is not None
         assert inputs is not None
         module = copy.deepcopy(clustered)
@@ -261,15 +257,10 @@ class Training:
         )
         return module
 
-    @property
-    def _does_without_labels(self) -> bool:
-        return self.recipe.finetune is not None and not self.recipe.finetune.labels
-
-    def _unlabelled(self, module: LightningModule) -> tuple[Tensor, ...] | None:
-        """Return the network's inputs for a recipe that does without labels, else None."""
-        if not self._does_without_labels:
-            return None
-        return self.task.inputs(module, UNLABELLED, self.recipe.seed)
+    def _inputs(self, module: LightningModule) -> tuple[Tensor, ...] | None:
+        """Return the samples that clustering sees, without their labels; None if it sees none."""
+        count = self.recipe.inputs
+        return self.task.inputs(module, count, self.recipe.seed) if count else None
 
     def prune(self, trained: LightningModule) -> tuple[LightningModule, float]:
         """Return the pruned module."""
