@@ -147,9 +147,7 @@ def test_clustering_may_see_inputs_where_there_are_labels_too(tmp_path: Path) ->
 
 def test_without_labels_there_must_be_inputs() -> None:
     content = {**SMALL, "cluster": {"inputs": 0}, "finetune": {"labels": False}}
-    with pytest.raises(
-        RecipeError, match="cluster.inputs: 0 leaves nothing to see .* give a number"
-    ):
+    with pytest.raises(RecipeError, match=r"cluster.inputs: 0 leaves nothing to see where"):
         parse_recipe(content)
 
 
