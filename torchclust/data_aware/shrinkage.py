@@ -23,9 +23,13 @@ def centred(moments: Tensor, mean: Tensor) -> Tensor:
 
 def sizes_of(moments: Tensor, mean: Tensor) -> Tensor:
     """`(2, groups)` float64 sums of the squared elements, not centred, and centred."""
-    both = torch.stack([moments, centred(moments, mean)])
-    norms: Tensor = torch.linalg.vector_norm(both, dim=(2, 3), dtype=torch.float64)
-    return norms.square()  # so that no square in float32 is too small or too large
+    both = (_norm(moments), _norm(centred(moments, mean)))  # no square that float32 cannot hold
+    return torch.stack(both).square()
+
+
+def _norm(matrices: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.vector_norm(matrices, dim=(1, 2), dtype=torch.float64)
+    return found
 
 
 def doubt_of(whole: Tensor, parts: Sequence[Tensor]) -> Tensor:
