@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchclust import cluster_, named_clusterings
 from torchclust.data_aware.batches import calls
 from torchclust.data_aware.curvature import curvatures
+from torchclust.data_aware.input_moments import columns
 
 
 def network() -> nn.Sequential:
@@ -67,20 +68,46 @@ def test_one_backward_pass_finds_the_diagonal(centred: bool) -> None:
         assert float(found[name].sum() / full.sum()) == pytest.approx(1, abs=0.12)
 
 
-def test_it_is_what_random_errors_of_the_weights_do() -> None:
+class Pooled(nn.Module):
+    """A layer, and the mean of all its positions."""
+
+    def __init__(self, layer: nn.Module, dim: tuple[int, ...], channels: int) -> None:
+        super().__init__()
+        self.layer, self.dim, self.last = layer, dim, nn.Linear(channels, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layer(x).relu().mean(self.dim))
+
+
+POOLED = {
+    "convolution": (lambda: Pooled(nn.Conv2d(4, 6, 3, padding=1), (-2, -1), 6), (4, 7, 7)),
+    "groups": (lambda: Pooled(nn.Conv2d(4, 6, 3, 2, groups=2), (-2, -1), 6), (4, 7, 7)),
+    "depthwise": (lambda: Pooled(nn.Conv1d(6, 6, 3, groups=6), (-1,), 6), (6, 9)),
+    "tokens": (lambda: Pooled(nn.Linear(6, 6), (-2,), 6), (9, 6)),
+    "a sample a batch": (lambda: Pooled(nn.Conv2d(4, 6, 3), (-2, -1), 6), (4, 7, 7)),
+}
+
+
+@pytest.mark.parametrize("kind", POOLED)
+def test_it_is_what_random_errors_of_the_weights_do(kind: str) -> None:
     """Behind a pooling the errors of all positions add up."""
-    net, x = network(), torch.randn(128, 2, 6, 6) + 0.5
-    (found,) = curvatures(net, {"2": net[2]}, calls(net, x)).values()
+    torch.manual_seed(0)
+    build, shape = POOLED[kind]
+    net, x = build().eval(), torch.randn(96, *shape) + 0.5
+    batches = list(x) if kind == "a sample a batch" else x
+    (found,) = curvatures(net, {"layer": net.layer}, calls(net, batches)).values()
     with torch.no_grad():
-        fed, outputs = net[:2](x.clone()), net(x.clone())
-        power = columns_of(net[2], fed).square().mean((0, 2)).sum()
-        total = 0.0
-        for _ in range(200):
+        power = torch.cat(list(columns(net.layer, x)), 2).square().mean(2).sum(1)
+        outputs, total = net(x), 0.0
+        for _ in range(300):
             noisy = copy.deepcopy(net)
-            noisy[2].weight += 1e-3 * torch.randn_like(noisy[2].weight)
-            total += float((noisy(x.clone()) - outputs).square().sum(1).mean())
-        wanted = total / 200 / 1e-6 / power / (outputs.std().square() * outputs.shape[1])
-    assert float(found.sum()) == pytest.approx(float(wanted), rel=0.15)
+            noisy.layer.weight += 1e-3 * torch.randn_like(noisy.layer.weight)
+            total += float((noisy(x) - outputs).square().sum(1).mean()) / 300 / 1e-6
+        varying = outputs.std().square() * outputs.shape[1]
+    if kind == "a sample a batch":  # each is told in units of its own outputs
+        varying = outputs.var(1).mean() * outputs.shape[1]
+    by_row = found * power.repeat_interleave(len(found) // len(power))
+    assert float(by_row.sum()) == pytest.approx(total / float(varying), rel=0.3)
 
 
 def test_nothing_of_the_model_changes_and_frozen_ones_are_seen_too() -> None:

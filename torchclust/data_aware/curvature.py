@@ -23,7 +23,7 @@ from torchclust.data_aware.batches import Call, tensors_in
 from torchclust.data_aware.input_moments import columns
 
 _ENOUGH = 128  # samples; more change the price of a layer by a few per cent
-_DERIVATIVES = 1 << 24  # of a layer's weights at a time: 64 MB in float32
+_AT_ONCE = 1 << 24  # derivatives by weights, or inputs of all positions: 64 MB in float32
 _VARIES = 1e-6  # of an input's mean square: less is rounding
 
 
@@ -150,12 +150,12 @@ def _sums(module: nn.Module, fed: Tensor, slope: Tensor) -> Iterator[_Sums]:
     linear = isinstance(module, nn.Linear)
     if fed.dim() == (1 if linear else weight.dim() - 1):  # a single sample
         fed, slope = fed[None], slope[None]
-    size = max(1, _DERIVATIVES // weight.numel())
+    groups, d = getattr(module, "groups", 1), weight[0].numel()
+    positions = slope.numel() // (len(slope) * len(weight))
+    size = max(1, _AT_ONCE // max(weight.numel(), groups * d * positions))
     for part, slopes in zip(fed.split(size), slope.split(size), strict=True):
         x = torch.cat(list(columns(module, part)), 2)
-        groups, d, n = x.shape
-        positions = n // len(part)
-        if n * len(weight) != slopes.numel():
+        if x.shape[2] != len(part) * positions:
             return
         by_row = slopes.reshape(len(part), positions, -1).mT if linear else slopes
         g = by_row.float().reshape(len(part), groups, -1, positions)
@@ -163,11 +163,11 @@ def _sums(module: nn.Module, fed: Tensor, slope: Tensor) -> Iterator[_Sums]:
         by_bias = g.sum(3)
         found = _Sums(
             by_weight.square().sum((0, 3)),
-            (by_bias[..., None] * by_weight).sum(0),
+            torch.einsum("ngr,ngrd->grd", by_bias, by_weight),
             by_bias.square().sum(0),
             x.sum(2),
             x.square().sum((1, 2)),
-            torch.tensor(n),
+            torch.tensor(x.shape[2]),
         )
         yield _Sums(*(total.double() for total in found))
 
