@@ -15,7 +15,7 @@ from torchclust.data_aware.shrinkage import doubt_of, shrunk, sizes_of
 _DAMPING = 0.01  # of the mean diagonal, added to it: pulls towards the float weight
 _CONSTANT = 1e-6  # of an input's mean square: a variance that float32 products make of nothing
 _ROUNDING = 1e-3  # of the uncentred diagonal: more than centring can lose in float32 products
-_TOGETHER = 32  # samples whose moments are compared with those of others, at most
+_TOGETHER = 16  # samples whose moments are compared with those of others, at most
 _UNFOLDED = 1 << 24  # elements of unfolded input at a time: 64 MB in float32
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -138,11 +138,11 @@ class InputMoments:
 def _in_parts(
     module: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut large batches, and small ones into four, so that there are parts to compare."""
+    """Cut batches into equal parts, at least two of each, so that there are some to compare."""
     for x, z in pairs:
-        if x.dim() > 1 and not _is_single(module, x):
-            size = min(_TOGETHER, max(1, len(x) // 4))
-            yield from zip(x.split(size), z.split(size), strict=True)
+        if x.dim() > 1 and len(x) > 1 and not _is_single(module, x):
+            parts = min(len(x), max(2, -(-len(x) // _TOGETHER)))
+            yield from zip(x.tensor_split(parts), z.tensor_split(parts), strict=True)
         else:
             yield x, z
 
