@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchclust import cluster_
 from torchclust.data_aware.input_moments import InputMoments
-from torchclust.data_aware.shrinkage import centred, shrunk
+from torchclust.data_aware.shrinkage import covariances, shrunk
 
 D = 24
 
@@ -30,25 +30,25 @@ def moments_of(x: Tensor) -> InputMoments:
 @pytest.mark.parametrize("centre", [False, True])
 def test_doubt_is_the_expected_squared_error(centre: bool, repeated: int) -> None:
     truth = moments_of(inputs(200_000, 0))
-    wanted = centred(truth.zz, truth.z) if centre else truth.zz
+    wanted = covariances(truth.zz, truth.z, truth.z) if centre else truth.zz
     said, found = [], []
     for seed in range(1, 60):
         x = inputs(40, seed)[:, None].expand(-1, repeated, -1)
         moments = moments_of(x)
         said.append(float(moments.doubt[int(centre)]))
-        got = centred(moments.zz, moments.z) if centre else moments.zz
+        got = covariances(moments.zz, moments.z, moments.z) if centre else moments.zz
         found.append(float((got - wanted).square().sum()))
     assert sum(said) / sum(found) == pytest.approx(1, abs=0.25)
 
 
 def test_shrinking_comes_close_to_the_best_share() -> None:
     truth = moments_of(inputs(200_000, 0))
-    wanted = centred(truth.zz, truth.z)
+    wanted = covariances(truth.zz, truth.z, truth.z)
     level = wanted.diagonal(dim1=1, dim2=2).mean() * torch.eye(D).double()
     got, best, raw_error = 0.0, 0.0, 0.0
     for seed in range(1, 21):
         moments = moments_of(inputs(24, seed))
-        raw = centred(moments.zz, moments.z)
+        raw = covariances(moments.zz, moments.z, moments.z)
         found, kept, added = shrunk(raw, moments.doubt[1])
         assert torch.allclose(found, kept * raw + added * torch.eye(D))
         every = [(1 - s) * raw + s * level for s in torch.linspace(0, 1, 51)]

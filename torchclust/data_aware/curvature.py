@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from torchclust.data_aware.batches import Call, tensors_in
-from torchclust.data_aware.input_moments import columns
+from torchclust.data_aware.input_moments import columns, is_single
 
 _ENOUGH = 128  # samples; more change the price of a layer by a few per cent
 _AT_ONCE = 1 << 24  # derivatives by weights, or inputs of all positions: 64 MB in float32
@@ -148,7 +148,7 @@ def _sums(module: nn.Module, fed: Tensor, slope: Tensor) -> Iterator[_Sums]:
     weight = module.weight
     assert isinstance(weight, Tensor)
     linear = isinstance(module, nn.Linear)
-    if fed.dim() == (1 if linear else weight.dim() - 1):  # a single sample
+    if is_single(module, fed):
         fed, slope = fed[None], slope[None]
     groups, d = getattr(module, "groups", 1), weight[0].numel()
     positions = slope.numel() // (len(slope) * len(weight))

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchclust.data_aware.compensation import Target
-from torchclust.data_aware.shrinkage import centred as covariances
-from torchclust.data_aware.shrinkage import doubt_of, shrunk, sizes_of
+from torchclust.data_aware.shrinkage import covariances, doubt_of, shrunk, sizes_of
 
 _DAMPING = 0.01  # of the mean diagonal, added to it: pulls towards the float weight
 _CONSTANT = 1e-6  # of an input's mean square: a variance that float32 products make of nothing
@@ -86,8 +85,7 @@ class InputMoments:
         rows, near = self._rows(weight), self._rows(anchor)
         zz, xz = self.zz, self.xz
         if centred:
-            zz = covariances(zz, self.z)
-            xz = xz - self.x[:, :, None] * self.z[:, None]
+            zz, xz = covariances(zz, self.z, self.z), covariances(xz, self.x, self.z)
         size = self._sizes(centred)
         unit = size[:, None, None]  # float32 cannot hold the square of every activation
         hessian, kept, added = shrunk(zz / unit, self.doubt[int(centred)] / size.square())
@@ -140,16 +138,18 @@ def _in_parts(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut batches into equal parts, at least two of each, so that there are some to compare."""
     for x, z in pairs:
-        if x.dim() > 1 and len(x) > 1 and not _is_single(module, x):
+        if len(x) > 1 and not is_single(module, x):
             parts = min(len(x), max(2, -(-len(x) // _TOGETHER)))
             yield from zip(x.tensor_split(parts), z.tensor_split(parts), strict=True)
         else:
             yield x, z
 
 
-def _is_single(module: nn.Module, inputs: Tensor) -> bool:
-    """Whether a convolution is given one sample without a batch's dimension."""
-    return isinstance(module, CONVOLUTIONS) and inputs.dim() == len(module.kernel_size) + 1
+def is_single(module: nn.Module, inputs: Tensor) -> bool:
+    """Whether a Linear or convolution is given one sample without a batch's dimension."""
+    if isinstance(module, CONVOLUTIONS):
+        return inputs.dim() == len(module.kernel_size) + 1
+    return inputs.dim() == 1
 
 
 def columns(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
@@ -163,7 +163,7 @@ def columns(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
             yield part.T[None]
         return
     assert isinstance(module, CONVOLUTIONS)
-    batched = inputs[None] if _is_single(module, inputs) else inputs
+    batched = inputs[None] if is_single(module, inputs) else inputs
     per_sample = module.weight[0].numel() * module.groups * batched[0, 0].numel()
     for part in batched.split(max(1, _UNFOLDED // per_sample)):
         yield _unfolded(module, part.float())

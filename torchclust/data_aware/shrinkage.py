@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 
-def centred(moments: Tensor, mean: Tensor) -> Tensor:
-    """`(groups, d, d)` covariances from mean products and `(groups, d)` means."""
-    return moments - mean[:, :, None] * mean[:, None]
+def covariances(moments: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`(groups, d, d)` covariances from mean products and the `(groups, d)` means of both sides."""
+    return moments - left[:, :, None] * right[:, None]
 
 
 def sizes_of(moments: Tensor, mean: Tensor) -> Tensor:
     """`(2, groups)` float64 sums of the squared elements, not centred, and centred."""
-    both = (_norm(moments), _norm(centred(moments, mean)))  # no square that float32 cannot hold
-    return torch.stack(both).square()
+    both = _norm(moments), _norm(covariances(moments, mean, mean))
+    return torch.stack(both).square()  # not in float32, which cannot hold every square
 
 
 def _norm(matrices: Tensor) -> Tensor:

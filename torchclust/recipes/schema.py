@@ -163,7 +163,7 @@ class Recipe(Section):
                 f"number of samples, or leave it out ({UNLABELLED})"
             )
         needs_labels = self.cluster and self.cluster.max_accuracy_drop is not None
-        if needs_labels and self.finetune and not self.finetune.labels:
+        if needs_labels and not self.labels:
             raise ValueError(
                 "cluster.max_accuracy_drop needs labels: give cluster.budget instead, or leave "
                 "finetune.labels: false out"

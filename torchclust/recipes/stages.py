@@ -190,7 +190,7 @@ class Training:
         depends = self._sections("prune")
         depends["cluster"] = section.with_rules({}).model_dump(mode="json", exclude_none=True)
         depends["measure"] = [measure_of(self.recipe).__name__, *codebooks_of(self.recipe)]
-        depends["labels"] = self.recipe.finetune is None or self.recipe.finetune.labels
+        depends["labels"] = self.recipe.labels
 
         def compute() -> Result:
             count = choice.SAMPLES if self.recipe.labels else self.recipe.inputs

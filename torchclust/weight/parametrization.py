@@ -104,7 +104,7 @@ class IntegerClusteredWeight(ClusteredWeight):
             place = stored.unique(return_inverse=True)[1]
         if torch.equal(place, torch.arange(len(place), device=place.device)):
             return indices
-        return lookup(place.to(torch.float32), indices).byte()
+        return lookup(place.byte(), indices)
 
     def scale(self) -> Tensor:
         """The positive scale of every output channel, ``(channels,)``."""
