@@ -171,6 +171,35 @@ def test_another_file_is_not_the_original(
         verify_compiled(path, tmp_path / "weight.tflite")
 
 
+class Gains(nn.Module):
+    """Gains that are one number each, as ConvNeXt begins: the same codes in every block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(3 if i == 0 else 8, 8, 1) for i in range(3))
+        self.gains = nn.ParameterList(torch.full((8, 1, 1), 1e-3 * 2**i) for i in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for convolution, gain in zip(self.convolutions, self.gains, strict=True):
+            x = convolution(x).relu() * gain
+        return x
+
+
+def test_layers_with_the_same_codes_are_told_apart_by_their_scales(tmp_path: Path) -> None:
+    """In whatever order the compiler computes them."""
+    images = torch.randn(16, 3, 16, 16)
+    torch.manual_seed(0)
+    to_tflite(Gains(), images, tmp_path / "gains.tflite", calibration=[images])
+    (path,) = compile_files([tmp_path / "gains.tflite"], ["ethos-u55-128"], tmp_path).values()
+    payload, constants = program(path)
+    device, operations = read_payload(payload)
+    layers = read_layers(read_graph((tmp_path / "gains.tflite").read_bytes()))
+    forwards = [m.layer for m in match(operations, constants, device, layers)]
+    backwards = [m.layer for m in match(operations[::-1], constants, device, layers)]
+    assert sorted(forwards) == list(range(6))
+    assert backwards == forwards[::-1]
+
+
 def test_a_layer_that_is_missing(originals: dict[str, Path]) -> None:
     with pytest.raises(NotVerifiedError, match="is in no weight stream"):
         verify_compiled(originals["tied"], originals["mobile"])

@@ -61,6 +61,32 @@ def test_outputs_that_are_noise_warn_with_their_layer(tmp_path: Path) -> None:
         to_tflite(model, X, tmp_path / "a", calibration=[x])
 
 
+def test_the_layer_is_found_among_tensors_that_nothing_makes(tmp_path: Path) -> None:
+    """A Linear over tokens becomes a convolution, and what it made before stays in the file."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4))
+    x = torch.randn(16, 12, 8)
+    x[0, 0, 0] = 3e4
+    with pytest.warns(UserWarning, match="dB only. It happens at"):
+        to_tflite(model, x, tmp_path / "a", calibration=[x])
+
+
+def test_a_divisor_that_becomes_zero_is_named(tmp_path: Path) -> None:
+    class Ratio(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.above, self.below = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.above(x) / (self.below(x).relu() + 1e-3)
+
+    x = torch.randn(32, 16)
+    match = r"LiteRT stops at DIV, which makes '.*': .* Add a constant .* or keep the division"
+    with pytest.raises(ExportError, match=match):
+        to_tflite(Ratio(), x, tmp_path / "a", calibration=[x])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_state_that_is_always_zero_gets_a_range(tmp_path: Path) -> None:
     class Cell(nn.Module):
         def __init__(self) -> None:

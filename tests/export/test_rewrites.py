@@ -109,7 +109,7 @@ FUNCTIONS: dict[str, Function] = {
     "clamp above": lambda y: y.clamp(max=0.3),
     "clamp below": lambda y: y.clamp(min=0.1),
     "deviation": lambda y: y.std((2, 3)),
-    "deviation, biased": lambda y: y.std(1, keepdim=True, correction=0).expand_as(y),
+    "deviation, biased": lambda y: y * y.std(1, keepdim=True, correction=0),
     "elu": nn.ELU(0.7),
     "hardtanh": nn.Hardtanh(0, 1),
     "in place": lambda y: F.leaky_relu_(y * 2, 0.1),
@@ -119,11 +119,15 @@ FUNCTIONS: dict[str, Function] = {
     "maximum, ceil": nn.MaxPool2d(3, 2, 1, ceil_mode=True),
     "maximum, large": nn.MaxPool2d(6, 3, 3),
     "maximum of relu": lambda y: F.max_pool2d(y.relu(), 3, 2, 1),
+    "mean of channels": lambda y: y * y.mean(1, keepdim=True),
     "mish": nn.Mish(),
     "nearest, 1.5": nn.Upsample(scale_factor=1.5),
     "nearest, half": nn.Upsample(scale_factor=0.5),
     "nearest, sizes": nn.Upsample(size=(11, 13)),
     "normalize": lambda y: F.normalize(y, dim=1),
+    "normalize, dead": lambda y: F.normalize((y - 3).relu(), dim=1),
+    "normalize, over columns": lambda y: y / y.norm(dim=3, keepdim=True),
+    "normalize, read twice": lambda y: both(y, y.norm(dim=1, keepdim=True)),
     "normalized": lambda y: NORMALIZED(y.relu()),
     "normalized, in other words": lambda y: 2 * (NORMALIZED.mean.view(8, 1, 1) * y.relu()) + ONE,
     "one factor": lambda y: y.relu() * ONE,
@@ -131,6 +135,7 @@ FUNCTIONS: dict[str, Function] = {
     "prelu": slopes(),
     "prelu, one slope": nn.PReLU(),
     "reversed": lambda y: 1 - F.relu(1 - y),
+    "root": lambda y: torch.sqrt(y.relu()),
     "selu": nn.SELU(),
     "softplus": nn.Softplus(),
     "softplus, steep": nn.Softplus(beta=3, threshold=10),
@@ -141,6 +146,12 @@ FUNCTIONS: dict[str, Function] = {
     "transposed, norm": nn.Sequential(nn.ConvTranspose2d(8, 8, 3, 2, 1, 1, 2), nn.BatchNorm2d(8)),
     "transposed, output padding": nn.ConvTranspose2d(8, 8, 3, 2, 1, output_padding=1),
 }
+
+
+def both(y: Tensor, length: Tensor) -> Tensor:
+    return y / length + length
+
+
 BATCH_NORM, NORMALIZED, ONE = trained_norm(), Normalized(), torch.ones(1)
 IN_A_ROW = nn.ConvTranspose1d(8, 8, 3, 2, 1, output_padding=1, groups=4)
 ROUNDED = ("softplus", "softplus, steep", "log sigmoid")  # as a polynomial, but in a float file
@@ -178,7 +189,6 @@ KEPT: dict[str, Function] = {
     "maximum": nn.MaxPool2d(2),
     "maximum, dilated": nn.MaxPool2d(2, dilation=2),
     "maximum, same": nn.MaxPool2d(3, 1, 1),
-    "mean of channels": lambda y: y.mean(1, keepdim=True).expand_as(y),
     "nearest, once": nn.Upsample(scale_factor=1),
     "nearest, twice": nn.Upsample(scale_factor=2),
     "norm, first": lambda y: F.normalize(y, p=1.0, dim=1),
@@ -230,6 +240,7 @@ class Wrapped(nn.Module):
         ("normalized", "batch norm", "affine"),
         ("transposed, output padding", "transposed, dilated", "nearest, half"),
         ("transposed, grouped", "transposed, norm"),
+        ("normalize", "mean of channels", "deviation, biased", "root"),
     ],
     ids=lambda names: names[0],
 )
@@ -259,6 +270,17 @@ def test_a_normalization_is_one_depthwise_convolution(tmp_path: Path) -> None:
         nn.Sequential(Wrapped(Normalized())), torch.rand(8, 8, 16, 16) * 255, tmp_path
     )
     assert result.operators == {"DEPTHWISE_CONV_2D": 1}
+
+
+def test_a_vector_of_zeros_leaves_the_other_lengths_their_codes(tmp_path: Path) -> None:
+    """Its inverse length is 1e12 in float, and the largest code in int8."""
+    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    x[::5] = 0
+    result = exported(Wrapped(lambda y: F.normalize(y, dim=1)), x, tmp_path)
+    assert cpu_operators(result) == []
+    assert result.micro_difference == 0
+    assert result.sqnr_db is not None
+    assert result.sqnr_db > 25
 
 
 def test_wide_strides_of_one_channel_are_a_convolution(tmp_path: Path) -> None:

@@ -87,7 +87,8 @@ def test_the_control_trains_as_long_from_the_same_start(tmp_path: Path) -> None:
         assert not torch.equal(value, networks.trained.state_dict()[name])
 
 
-def test_rates_and_epochs_of_every_stage(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_rates_and_epochs_of_every_stage(tmp_path: Path, monkeypatch, schedule: str) -> None:
     fits, rates = [], []
 
     def spy(module, data, *, epochs, callbacks=(), **rest):
@@ -102,8 +103,10 @@ def test_rates_and_epochs_of_every_stage(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(stages, "fit", spy)
     content = {**SMALL, "prune": {"sparsity": 0.5, "epochs": 3}, "train": {"epochs": 2, "lr": 0.01}}
     content["cluster"] = {"preserve_sparsity": True}
+    content["prune"] |= {"lr_scale": 0.3, "schedule": schedule}
     train_networks(prepare(parse_recipe(content)), Stages(tmp_path, progress=False))
-    expected = [(2, 0.01), (3, 0.01), (1, 0.005), (3, 0.01), (1, 0.005)]
+    pruned = (3, 0.003 if schedule == "constant" else 0.0)
+    expected = [(2, 0.01), pruned, (1, 0.005), pruned, (1, 0.005)]
     assert fits == expected  # train, then the control's two, then prune and finetune
 
 

@@ -130,6 +130,22 @@ def widen_dead(observed: Mapping[str, Range], graph: Graph) -> dict[str, Range]:
     return {**observed, **dict.fromkeys(dead, (-1.0, 1.0))}
 
 
+def limit_roots(observed: Mapping[str, Range], graph: Graph) -> dict[str, Range]:
+    """Ranges in which an inverse root ends where its argument's smallest step puts it.
+
+    A vector of zeros in the data has an inverse length of 1e12, which int8 cannot hold beside that
+    of any other; what is less than a step is a zero there, whose root is the largest code.
+    """
+    limited = dict(observed)
+    for operator in graph.operators:
+        if operator.name == "RSQRT":
+            step = max(observed[graph.tensors[operator.inputs[0]].name]) / 255
+            name = graph.tensors[operator.outputs[0]].name
+            low, high = observed[name]
+            limited[name] = low, min(high, step**-0.5) if step > 0 else high
+    return limited
+
+
 def activations(graph: Graph) -> list[int]:
     """Indices of the float tensors that a run computes or is given, in order."""
     made = [i for operator in graph.operators for i in operator.outputs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -12,8 +13,14 @@ from torch import Tensor
 
 from torchclust.export import backends
 from torchclust.export.backends import ExportError, first_line
+from torchclust.export.graph import read_graph
 
 Array: TypeAlias = npt.NDArray[Any]
+
+_ZERO_DIVISOR = (
+    "In int8 a divisor of less than 1/510 of its tensor's largest value is zero. Add a constant "
+    "larger than that to it, or keep the division outside"
+)
 
 
 class Runner:
@@ -30,6 +37,7 @@ class Runner:
     """
 
     def __init__(self, content: bytes, *, keep_all: bool = False, reference: bool = True) -> None:
+        self._content = content
         litert = backends.interpreter()
         resolver = litert.OpResolverType
         kernels = resolver.BUILTIN_REF if reference else resolver.BUILTIN_WITHOUT_DEFAULT_DELEGATES
@@ -52,10 +60,17 @@ class Runner:
         self._outputs = self._interpreter.get_output_details()
 
     def __call__(self, sample: Sequence[Tensor]) -> list[Array]:
-        """Run one sample in float; quantized inputs and outputs are converted on the way."""
+        """Run one sample in float; quantized inputs and outputs are converted on the way.
+
+        Raises:
+            ExportError: an operator cannot take these values, as a division by zero.
+        """
         for detail, x in zip(self._inputs, sample, strict=True):
             self._interpreter.set_tensor(detail["index"], _quantized(x.numpy(), detail))
-        self._interpreter.invoke()
+        try:
+            self._interpreter.invoke()
+        except RuntimeError as error:
+            raise ExportError(_stopped(self._content, first_line(error))) from error
         return [_dequantized(self._interpreter.get_tensor(d["index"]), d) for d in self._outputs]
 
     def given(self) -> list[Array]:
@@ -71,6 +86,18 @@ class Runner:
         """The same in float, of a quantized tensor too."""
         detail = next(d for d in self._interpreter.get_tensor_details() if d["index"] == index)
         return _dequantized(self.tensor(index), detail)
+
+
+def _stopped(content: bytes, said: str) -> str:
+    """What stops a run, from LiteRT's own line, which counts operators."""
+    number = re.search(r"Node number (\d+)", said)
+    if number is None:
+        return f"LiteRT stops while it runs this file: {said}"
+    graph = read_graph(content)
+    operator = graph.operators[int(number[1])]
+    hint = f". {_ZERO_DIVISOR}" if operator.name == "DIV" else ""
+    made = graph.tensors[operator.outputs[0]].name.split(";")[0]
+    return f"LiteRT stops at {operator.name}, which makes {made!r}: {said}{hint}"
 
 
 def _quantized(x: Array, detail: Mapping[str, Any]) -> Array:

@@ -183,7 +183,8 @@ def to_tflite(
         learned = find_learned(model, prepared, float_file, graph, first)
         if learned is not None:
             observed |= learned.ranges
-        observed = calibrating.widen_dead(observed, graph) | _pixel_ranges(prepared, graph)
+        observed = calibrating.limit_roots(calibrating.widen_dead(observed, graph), graph)
+        observed |= _pixel_ranges(prepared, graph)
         content = bytearray(quantize(content, graph, placed, observed, input_dtype))
         graphs = graph, read_graph(content)
         rows, graph = check_codes(graphs[1], placed), graphs[1]

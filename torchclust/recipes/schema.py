@@ -36,10 +36,14 @@ class TrainSection(Section):
 
 
 class PruneSection(Section):
-    """Magnitude pruning, with a schedule that rises to `sparsity` over `epochs`."""
+    """Magnitude pruning, ever more of it over `epochs`; the control trains as long and alike."""
 
-    sparsity: float = Field(gt=0, lt=1, description="share of each weight tensor set to zero")
+    sparsity: float = Field(gt=0, lt=1, description="share of all weights set to zero")
     epochs: int = Field(1, ge=1, description="passes over the training set while pruning")
+    lr_scale: float = Field(1.0, gt=0, description="times train.lr (1e-3 where that is absent)")
+    schedule: Schedule = Field(
+        "constant", description="of the rate: constant, or cosine, down to 0 over the epochs"
+    )
 
 
 class FinetuneSection(Section):
@@ -142,8 +146,9 @@ class Recipe(Section):
             )
         if self.train is not None and "lr" in self.train.model_fields_set:
             raise ValueError("train.lr: the module's own optimizers have their rates; leave it out")
-        if self.finetune is not None and self.finetune.schedule != "constant":
-            raise ValueError("finetune.schedule: the module's configure_optimizers has its own")
+        for name, section in (("prune", self.prune), ("finetune", self.finetune)):
+            if section is not None and section.schedule != "constant":
+                raise ValueError(f"{name}.schedule: the module's configure_optimizers has its own")
         return self
 
     @model_validator(mode="after")

@@ -28,6 +28,7 @@ from torchclust.model.clustering import named_clusterings
 from torchclust.model.restore import restore_
 from torchclust.recipes import choice
 from torchclust.recipes.chip import codebooks_of, measure_of, sizes_in_file
+from torchclust.recipes.classifier import Classifier
 from torchclust.recipes.kept import Result, Stages, origin
 from torchclust.recipes.prepare import Prepared, cluster_network_
 from torchclust.recipes.schema import ClusterSection, Schedule
@@ -141,7 +142,7 @@ class Training:
     def control(self, trained: LightningModule) -> tuple[LightningModule, float]:
         """Return the unclustered module, trained as long as the clustered one."""
         prune, finetune = self.recipe.prune, self.recipe.finetune
-        plan = [Phase(prune.epochs)] if prune else []
+        plan = [Phase(prune.epochs, prune.lr_scale, prune.schedule)] if prune else []
         if finetune and finetune.labels:
             plan += [Phase(finetune.epochs, finetune.lr_scale, finetune.schedule)]
         return self._stage("control", {"plan": plan}, lambda: self._fit(trained, plan))
@@ -266,7 +267,7 @@ class Training:
         """Return the pruned module."""
         section = self.recipe.prune
         assert section is not None
-        plan = [Phase(section.epochs)]
+        plan = [Phase(section.epochs, section.lr_scale, section.schedule)]
 
         def pruned() -> LightningModule:
             return self._fit(trained, plan, [GradualPruning(section.sparsity, self.task.exports)])
@@ -282,8 +283,8 @@ class Training:
         """Train a copy of `start` in the phases of the plan."""
         module = copy.deepcopy(start)
         for phase in (phase for phase in plan if phase.epochs):
-            if phase.schedule != "constant":  # of the built-in classifier alone
-                module.schedule = phase.schedule  # type: ignore[assignment]
+            if isinstance(module, Classifier):  # others have schedules of their own
+                module.schedule = phase.schedule
             lower = [LowerRates(phase.lr_scale)] if phase.lr_scale != 1 else []
             fit(
                 module,

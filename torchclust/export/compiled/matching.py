@@ -61,11 +61,9 @@ def match(
                 f"of the original has"
             )
         decoded = decode(operation, constants, device)
-        found = _compare(candidates, layers, decoded)
+        found = _compare(candidates, layers, decoded, constants, device)
         if found is None:
             continue
-        if layers[found.layer].scales:
-            _compare_scales(operation, constants, device, layers[found.layer], found.start)
         covered[found.layer][found.positions] = True
         starts[found.layer].add(found.start + operation.layout.shape[0])
         yield Match(found.layer, found.positions[found.positions != ZERO], decoded)
@@ -102,9 +100,15 @@ def _candidates(
 
 
 def _compare(
-    candidates: Sequence[_Candidate], layers: Sequence[Layer], decoded: Decoded
+    candidates: Sequence[_Candidate],
+    layers: Sequence[Layer],
+    decoded: Decoded,
+    constants: bytes,
+    device: Hardware,
 ) -> _Candidate | None:
-    """The candidate whose codes the operation reads; None for a kernel of ones.
+    """The candidate whose codes and scales the operation reads; None for a kernel of ones.
+
+    Codes alone do not tell layers apart: gains that are one number each are 127 in every block.
 
     Raises:
         CompiledFileError: no candidate; the message speaks of the nearest.
@@ -115,8 +119,12 @@ def _compare(
         expected = layers[candidate.layer].codes[np.append(candidate.positions, ZERO)[order]]
         wrong = np.flatnonzero(expected != values)
         if not len(wrong):
-            return candidate
-        if len(wrong) < fewest:
+            layer = layers[candidate.layer]
+            if _has_scales(decoded.operation, constants, device, layer, candidate.start):
+                return candidate
+            if fewest:
+                fewest, nearest = 0, f"the compiled file has other scales in {layer.name}"
+        elif len(wrong) < fewest:
             fewest, first = len(wrong), wrong[0]
             nearest = (
                 f"the compiled file has other weights in {layers[candidate.layer].name}: "
@@ -128,18 +136,19 @@ def _compare(
     raise CompiledFileError(nearest)
 
 
-def _compare_scales(
+def _has_scales(
     operation: Operation, constants: bytes, device: Hardware, layer: Layer, start: int
-) -> None:
-    """Each core's stream of biases, multipliers and shifts against the layer's own."""
+) -> bool:
+    """Whether each core's stream of biases, multipliers and shifts is the layer's own."""
     u85 = device.family == "ethos-u85"
     form = (6, 2) if operation.wide else (4, 4) if u85 else (5, 4)
     step = len(operation.scales)
-    for core, span in enumerate(operation.scales):
+    for core, span in enumerate(operation.scales if layer.scales else ()):
         channels = np.arange(start + core, start + operation.layout.shape[0], step)
         found = decode_scales(cut(constants, span), len(channels), *form)
         if not any(_same(found, expected, channels) for expected in layer.scales):
-            raise CompiledFileError(f"the compiled file has other scales in {layer.name}")
+            return False
+    return True
 
 
 def _same(found: ScaleStream, expected: ScaleStream, channels: Array) -> bool:

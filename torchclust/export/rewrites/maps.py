@@ -19,6 +19,9 @@ from torchclust.export.rewrites.traced import (
     source,
 )
 
+_EXPANDS = ("expand", "expand_as")
+_LEAST = torch.finfo(torch.float32).tiny  # whose inverse root is finite
+
 
 def mean(traced: Traced, node: fx.Node) -> Substitute | None:
     """Average a map over its pixels with the axes kept, as AdaptiveAvgPool2d does, then drop them.
@@ -33,6 +36,8 @@ def mean(traced: Traced, node: fx.Node) -> Substitute | None:
         whole = shape(maps) or (*whole[:2], 1, whole[2])
         if maps is not None and before is not None:
             traced.substitutes[before] = identity
+    elif len(whole) == 4 and axes == [1]:
+        return _of_mean(traced, node, identity, lambda y, _: y)
     elif len(whole) != 4 or axes != [2, 3]:
         return None
     size = shape(node)
@@ -49,11 +54,48 @@ def total(traced: Traced, node: fx.Node) -> Substitute | None:
     return _of_mean(traced, node, lambda x: x, lambda y, count: y * count)
 
 
-def norm(traced: Traced, node: fx.Node) -> Substitute | None:
-    """The root of the mean square times the count."""
+def norm(traced: Traced, node: fx.Node, *, squared: bool = False) -> Substitute | None:
+    """The root of the mean square times the count, or its square."""
     if float(arguments(node).get("ord", 2)) != 2:
         return None
-    return _of_mean(traced, node, lambda x: x * x, lambda y, count: torch.sqrt(y * count))
+    root = identity if squared else _root
+    return _of_mean(traced, node, lambda x: x * x, lambda y, count: root(y * count))
+
+
+def root(traced: Traced, node: fx.Node) -> Substitute:
+    """A square root."""
+    return _root
+
+
+def _root(x: Tensor, *_: object) -> Tensor:
+    """As a product with the inverse root: accelerators have no other."""
+    return x * torch.rsqrt(x.clamp(min=_LEAST))
+
+
+def over_length(traced: Traced, node: fx.Node) -> Substitute | None:
+    """A division by a length, as in `F.normalize`, as a product with an inverse root.
+
+    Accelerators have that root, and no division.
+    """
+    length, least = arguments(node)["other"], _LEAST
+    between = []
+    while isinstance(length, fx.Node) and operator(length) in (*_EXPANDS, "clamp_min"):
+        between.append(length)
+        if operator(length) == "clamp_min":
+            least = max(least, float(arguments(length)["min"]) ** 2)
+        length = source(length)
+    if length is None or operator(length) != "linalg_vector_norm":
+        return None
+    if any(len(n.users) > 1 for n in (length, *between)) or arguments(node).get("rounding_mode"):
+        return None
+    squares = norm(traced, length, squared=True)
+    if squares is None:
+        return None
+    traced.substitutes[length] = squares
+    for step in between:
+        expands = operator(step) in _EXPANDS
+        traced.substitutes[step] = identity if expands else lambda y, _: y.clamp(min=least)
+    return lambda x, squares: x * torch.rsqrt(squares)
 
 
 def _of_mean(
@@ -67,18 +109,28 @@ def _of_mean(
     if not before or len(node.args) < 1:
         return None
     axes, size = _axes(node), shape(node)
-    count = float(math.prod(before[axis] for axis in axes))
+    count, average = math.prod(before[axis] for axis in axes), _average(traced, before, axes)
 
     def reduced(x: Tensor, *_: object, **__: object) -> Tensor:
-        return outside(inside(x).mean(axes, keepdim=True).reshape(size), count)
+        return outside(average(inside(x)).reshape(size), float(count))
 
     return reduced
+
+
+def _average(
+    traced: Traced, before: tuple[int, ...], axes: list[int]
+) -> Callable[[Tensor], Tensor]:
+    """The mean over axes that are kept; over a map's channels a convolution, which an NPU has."""
+    if len(before) != 4 or axes != [1]:
+        return lambda x: x.mean(axes, keepdim=True)
+    weight = traced.constant(torch.full((1, before[1], 1, 1), 1 / before[1]))
+    return lambda x: torch.conv2d(x, weight())
 
 
 def deviation(traced: Traced, node: fx.Node) -> Substitute | None:
     """The root of the mean squared distance from the mean."""
     before, axes, size = shape(source(node)), _axes(node), shape(node)
-    given = arguments(node)
+    given, average = arguments(node), _average(traced, before, axes)
     count = math.prod(before[axis] for axis in axes)
     correction = given.get("correction", 1 if given.get("unbiased", True) else 0)
     divisor = count - float(1 if correction is None else correction)
@@ -86,9 +138,9 @@ def deviation(traced: Traced, node: fx.Node) -> Substitute | None:
         return None
 
     def deviation(x: Tensor, *_: object, **__: object) -> Tensor:
-        distance = x - x.mean(axes, keepdim=True)
-        mean = (distance * distance).mean(axes, keepdim=True)
-        return torch.sqrt(mean.reshape(size) * (count / divisor))
+        distance = x - average(x)
+        mean = average(distance * distance)
+        return _root(mean.reshape(size) * (count / divisor))
 
     return deviation
 
