@@ -145,6 +145,10 @@ FUNCTIONS: dict[str, Function] = {
     "transposed, in a row": lambda y: IN_A_ROW(y.flatten(2)),
     "transposed, norm": nn.Sequential(nn.ConvTranspose2d(8, 8, 3, 2, 1, 1, 2), nn.BatchNorm2d(8)),
     "transposed, output padding": nn.ConvTranspose2d(8, 8, 3, 2, 1, output_padding=1),
+    "wide stride": nn.Conv2d(8, 8, 7, 4, 3),
+    "wide stride, one axis": nn.Conv2d(8, 8, 5, (1, 4), (2, 0)),
+    "wide stride, padded before": nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(8, 8, 5, 4)),
+    "wide stride, in a row": lambda y: WIDE_IN_A_ROW(y.flatten(2)),
 }
 
 
@@ -153,6 +157,7 @@ def both(y: Tensor, length: Tensor) -> Tensor:
 
 
 BATCH_NORM, NORMALIZED, ONE = trained_norm(), Normalized(), torch.ones(1)
+WIDE_IN_A_ROW = nn.Conv1d(8, 8, 9, 5, 2)
 IN_A_ROW = nn.ConvTranspose1d(8, 8, 3, 2, 1, output_padding=1, groups=4)
 ROUNDED = ("softplus", "softplus, steep", "log sigmoid")  # as a polynomial, but in a float file
 
@@ -197,6 +202,7 @@ KEPT: dict[str, Function] = {
     "relu6": nn.ReLU6(),
     "sum times": lambda y: torch.add(y.relu(), NORMALIZED.mean.view(8, 1, 1), alpha=2),
     "transposed": nn.ConvTranspose2d(8, 8, 2, 2),
+    "wide stride, not padded": nn.Conv2d(8, 8, 5, 4),
 }
 
 
@@ -241,6 +247,7 @@ class Wrapped(nn.Module):
         ("transposed, output padding", "transposed, dilated", "nearest, half"),
         ("transposed, grouped", "transposed, norm"),
         ("normalize", "mean of channels", "deviation, biased", "root"),
+        ("wide stride, padded before", "wide stride"),
     ],
     ids=lambda names: names[0],
 )

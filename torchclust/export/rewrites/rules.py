@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from torchclust.export.rewrites import activations, maps, pooling, resizing, transposed
+from torchclust.export.rewrites import activations, maps, pooling, resizing, strided, transposed
 from torchclust.export.rewrites.affine import merge_affine
 from torchclust.export.rewrites.flattened import permute_flattened
 from torchclust.export.rewrites.norms import fold_batch_norm, keep_shared_values
@@ -43,8 +43,13 @@ RULES = {
     "sum": maps.total,
     "upsample_nearest2d": resizing.nearest,
 }
-# Right to within an int8 step; a float file keeps the operator.
-ROUNDED_RULES = {"log_sigmoid": activations.log_sigmoid, "softplus": activations.softplus}
+# For int8 files: right to within a step, or for the sake of what compiles them.
+INT8_RULES = {
+    "conv1d": strided.convolution,
+    "conv2d": strided.convolution,
+    "log_sigmoid": activations.log_sigmoid,
+    "softplus": activations.softplus,
+}
 
 
 def rewrite(traced: Traced, *, float_file: bool) -> None:
@@ -59,7 +64,7 @@ def rewrite(traced: Traced, *, float_file: bool) -> None:
     if float_file:
         keep_shared_values(traced)
     merge_affine(traced)
-    rules = RULES if float_file else {**RULES, **ROUNDED_RULES}
+    rules = RULES if float_file else {**RULES, **INT8_RULES}
     for node in traced.nodes:
         rule = rules.get(operator(node).rstrip("_"))
         substitute = None if rule is None or node in traced.substitutes else rule(traced, node)
