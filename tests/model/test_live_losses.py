@@ -58,6 +58,8 @@ def test_the_next_loss_has_gradients(change: str, mode: str, make: str, tmp_path
         load_packed_(model, tmp_path / "small")
     else:
         {"strip": strip_, "refit": refit_}[change](model)
+    for name, parameter in model.named_parameters():  # or an optimizer's next step would fail
+        assert parameter.grad is None or parameter.grad.shape == parameter.shape, name
     model.zero_grad()
     loss(model).backward()
     fresh = MAKE[make]()

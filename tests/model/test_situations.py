@@ -48,6 +48,17 @@ def test_a_state_dict_averaged_in_place(decay: float) -> None:
     torch.testing.assert_close(average(inputs()), source(inputs()))
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.999, 0.9998, 0.9999])
+def test_checkpoints_averaged_into_new_tensors(decay: float) -> None:
+    """Their integers have become floats, some a little less than they were."""
+    source = model()
+    state = source.state_dict()
+    averaged = {k: v * decay + v * (1 - decay) for k, v in state.items()}
+    loaded = copy.deepcopy(source)
+    loaded.load_state_dict(averaged)
+    torch.testing.assert_close(loaded(inputs()), source(inputs()))
+
+
 def test_checkpoints_whose_integers_were_summed() -> None:
     source = model()
     state = source.state_dict()

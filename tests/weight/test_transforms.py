@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import functional_call, grad, stack_module_state, vmap
 
 from torchclust import cluster_, strip_
 
@@ -49,6 +49,26 @@ def test_an_ensemble_under_vmap(mode: dict[str, Any], grad: bool) -> None:
         )
         want = torch.stack([one(inputs()) for one in ensemble])
     torch.testing.assert_close(found, want)
+
+
+def test_gradients_of_an_ensemble_under_vmap(mode: dict[str, Any]) -> None:
+    ensemble = [model(mode) for _ in range(3)]
+    with torch.no_grad():
+        for number, one in enumerate(ensemble):
+            one[0].bias.add_(number)
+    parameters, buffers = stack_module_state(ensemble)
+
+    def loss(p: Any, b: Any) -> Tensor:
+        found: Tensor = functional_call(ensemble[0], (p, b), (inputs(),))
+        return found.square().mean()
+
+    found = vmap(grad(loss))(parameters, buffers)
+    for number, one in enumerate(ensemble):
+        one.zero_grad()
+        one(inputs()).square().mean().backward()
+        for name, parameter in one.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(found[name][number], parameter.grad)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -119,8 +139,8 @@ def test_a_value_that_is_no_number_does_not_vanish(mode: dict[str, Any]) -> None
         clustered = model(mode)
         trained = clustered[0].parametrizations.weight.original
         trained.data.view(-1)[0] = bad
-        for grad in (True, False):
-            with torch.set_grad_enabled(grad):
+        for recording in (True, False):
+            with torch.set_grad_enabled(recording):
                 held = clustered[0].weight.isfinite().all()
             # Codes are clamped: an infinite one is 127, as a number too large would be.
             assert not held or (mode == INT8 and bad not in (torch.nan,))
