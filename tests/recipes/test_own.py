@@ -228,7 +228,10 @@ def test_what_is_wrong_is_one_line_before_anything_is_written(
         ("metric=null", "nothing says how good the module is: add metric:"),
         ("train.lr=0.1", r"train\.lr: the module's own optimizers have their rates"),
         ("finetune.schedule=cosine", r"finetune\.schedule: the module's configure_optimizers"),
-        ("prune.schedule=cosine", r"prune\.schedule: the module's configure_optimizers"),
+        (
+            "prune={sparsity: 0.5, schedule: cosine}",
+            r"prune\.schedule: the module's configure_optimizers",
+        ),
         ("metric.mode=most", "metric.mode: should be 'max' or 'min', got 'most'"),
         ("data={batch_size: 3}", "data: give either name .* or target"),
         ("data={name: mnist5k, bath_size: 3}", r"unknown key data\.bath_size; did you mean 'batch"),
