@@ -126,6 +126,9 @@ FUNCTIONS: dict[str, Function] = {
     "nearest, sizes": nn.Upsample(size=(11, 13)),
     "normalize": lambda y: F.normalize(y, dim=1),
     "normalize, dead": lambda y: F.normalize((y - 3).relu(), dim=1),
+    "normalize, floor of a tensor": lambda y: y / y.norm(dim=1, keepdim=True).clamp_min(ONE),
+    "normalize, floor below zero": lambda y: y / y.norm(dim=1, keepdim=True).clamp_min(-1.0),
+    "normalize, grown": lambda y: y[:, :1] / y.norm(dim=1, keepdim=True).expand_as(y),
     "normalize, over columns": lambda y: y / y.norm(dim=3, keepdim=True),
     "normalize, read twice": lambda y: both(y, y.norm(dim=1, keepdim=True)),
     "normalized": lambda y: NORMALIZED(y.relu()),
@@ -203,6 +206,8 @@ KEPT: dict[str, Function] = {
     "sum times": lambda y: torch.add(y.relu(), NORMALIZED.mean.view(8, 1, 1), alpha=2),
     "transposed": nn.ConvTranspose2d(8, 8, 2, 2),
     "wide stride, not padded": nn.Conv2d(8, 8, 5, 4),
+    "wide stride, valid": nn.Conv2d(8, 8, 5, 4, "valid"),
+    "wide stride, valid, in a row": nn.Sequential(nn.Flatten(2), nn.Conv1d(8, 8, 9, 5, "valid")),
 }
 
 

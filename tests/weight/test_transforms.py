@@ -64,7 +64,6 @@ def test_gradients_of_an_ensemble_under_vmap(mode: dict[str, Any]) -> None:
 
     found = vmap(grad(loss))(parameters, buffers)
     for number, one in enumerate(ensemble):
-        one.zero_grad()
         one(inputs()).square().mean().backward()
         for name, parameter in one.named_parameters():
             if parameter.grad is not None:

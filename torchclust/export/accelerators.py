@@ -13,6 +13,8 @@ _FAMILIES = {
     "ethos-u65": ((256, 512), "Ethos_U65_High_End", "Dedicated_Sram"),
     "ethos-u85": ((128, 256, 512, 1024, 2048), "Ethos_U85_SYS_DRAM_Mid", "Dedicated_Sram_384KB"),
 }
+# Of a convolution. Vela cuts up those that go further, but no depthwise and no padded ones.
+MOST_STRIDE = 3
 ACCELERATORS = tuple(f"{family}-{n}" for family, (sizes, _, _) in _FAMILIES.items() for n in sizes)
 
 

@@ -148,10 +148,7 @@ def limit_roots(observed: Mapping[str, Range], graph: Graph) -> dict[str, Range]
 
 def activations(graph: Graph) -> list[int]:
     """Indices of the float tensors that a run computes or is given, in order."""
-    made = [i for operator in graph.operators for i in operator.outputs]
-    found = dict.fromkeys((*(t.index for t in graph.inputs), *made))
-    tensors = (graph.tensors[i] for i in found)
-    return [t.index for t in tensors if t.dtype == "float32" and t.data is None]
+    return [t.index for t in graph.computed if t.dtype == "float32" and t.data is None]
 
 
 class Counted:

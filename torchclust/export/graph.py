@@ -118,6 +118,13 @@ class Graph:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
+    @property
+    def computed(self) -> list[Tensor]:
+        """What a run is given and makes, in order: a file also keeps tensors that nothing makes."""
+        made = (i for operator in self.operators for i in operator.outputs)
+        indices = dict.fromkeys((*(t.index for t in self.inputs), *made))
+        return [self.tensors[i] for i in indices]
+
     def weights(self) -> Iterator[Weight]:
         """Each weight tensor once, in file order, with the first operator that uses it."""
         seen = set()

@@ -6,9 +6,9 @@ import math
 import warnings
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
-from torchclust.export.graph import Graph, Tensor
+from torchclust.export.graph import Graph
 from torchclust.export.layout import Prepared, module_of
 from torchclust.export.runner import Runner
 from torchclust.export.verify import sqnr
@@ -20,7 +20,7 @@ def warn_if_noisy(
     prepared: Prepared,
     files: tuple[bytes, bytes],
     graphs: tuple[Graph, Graph],
-    sample: Sequence[torch.Tensor],
+    sample: Sequence[Tensor],
     sqnr_db: float | None,
 ) -> None:
     """Warn of outputs that are mostly noise, and name the layer where they become it.
@@ -44,16 +44,16 @@ def warn_if_noisy(
 
 
 def _steepest(
-    files: tuple[bytes, bytes], graphs: tuple[Graph, Graph], inputs: Sequence[torch.Tensor]
+    files: tuple[bytes, bytes], graphs: tuple[Graph, Graph], inputs: Sequence[Tensor]
 ) -> tuple[str, float, float]:
     """The operator's output that agrees least compared with the operator's inputs."""
     runs = [Runner(f, keep_all=True, reference=False) for f in files]
     for run in runs:
         run(inputs)
-    wanted = {t.name: t.index for t in _computed(graphs[0])}
+    wanted = {t.name: t.index for t in graphs[0].computed}
     quality = {
         t.index: sqnr([(runs[0].tensor(wanted[t.name]), runs[1].values(t.index))])
-        for t in _computed(graphs[1])
+        for t in graphs[1].computed
         if t.name in wanted and t.dtype in ("int8", "float32")
     }
     steps = [(math.inf, "", math.inf, -math.inf)]
@@ -66,9 +66,3 @@ def _steepest(
                 steps.append((rise, graphs[1].tensors[output].name, before, after))
     _, name, before, after = min(steps)
     return name, before, after
-
-
-def _computed(graph: Graph) -> list[Tensor]:
-    """What a run gives values: a file also keeps tensors that no operator makes any more."""
-    made = (graph.tensors[i] for operator in graph.operators for i in operator.outputs)
-    return [*graph.inputs, *made]

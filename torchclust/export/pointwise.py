@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from torchclust.export.accelerators import MOST_STRIDE
 from torchclust.export.container import pack, unpack
 from torchclust.export.editing import Editing
-
-_MOST_STRIDE = 3  # of a depthwise convolution on an Ethos-U
 
 
 def convolutions_for_linears(content: bytes) -> bytes:
@@ -44,7 +43,7 @@ def _undo_depthwise(editing: Editing) -> None:
             continue
         weights = editing.values(int(operator.inputs[1]))
         one = editing.shape(int(operator.inputs[0]))[3] == 1
-        if weights is None or not one or max(options.strideH, options.strideW) <= _MOST_STRIDE:
+        if weights is None or not one or max(options.strideH, options.strideW) <= MOST_STRIDE:
             continue
         moved = np.ascontiguousarray(weights.transpose(3, 1, 2, 0))
         name = editing.name(int(operator.inputs[1]))

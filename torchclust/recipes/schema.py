@@ -8,7 +8,7 @@ type: ``"6"`` is no epoch count.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,6 +23,10 @@ from torchclust.recipes.subject import ModuleSection as ModuleSection
 
 UNLABELLED = 512  # samples that ``finetune.labels: false`` sees, unless `cluster.inputs` says
 Schedule = Literal["constant", "cosine"]  # of the learning rate; cosine falls to 0
+RateSchedule = Annotated[
+    Schedule, Field(description="of the rate: constant, or cosine, down to 0 over the epochs")
+]
+Scale = Annotated[float, Field(gt=0, description="times train.lr (1e-3 where that is absent)")]
 
 
 class TrainSection(Section):
@@ -40,10 +44,8 @@ class PruneSection(Section):
 
     sparsity: float = Field(gt=0, lt=1, description="share of all weights set to zero")
     epochs: int = Field(1, ge=1, description="passes over the training set while pruning")
-    lr_scale: float = Field(1.0, gt=0, description="times train.lr (1e-3 where that is absent)")
-    schedule: Schedule = Field(
-        "constant", description="of the rate: constant, or cosine, down to 0 over the epochs"
-    )
+    lr_scale: Scale = 1.0
+    schedule: RateSchedule = "constant"
 
 
 class FinetuneSection(Section):
@@ -56,10 +58,8 @@ class FinetuneSection(Section):
     """
 
     epochs: int = Field(1, ge=0, description="passes over the training set")
-    lr_scale: float = Field(0.1, gt=0, description="times train.lr (1e-3 where that is absent)")
-    schedule: Schedule = Field(
-        "constant", description="of the rate: constant, or cosine, down to 0 over the epochs"
-    )
+    lr_scale: Scale = 0.1
+    schedule: RateSchedule = "constant"
     quantize_activations: bool = Field(False, description="fake-quantize activations meanwhile")
     labels: bool = Field(True, description="false: a few images and the unclustered model")
 

@@ -31,7 +31,7 @@ from torchclust.recipes.chip import codebooks_of, measure_of, sizes_in_file
 from torchclust.recipes.classifier import Classifier
 from torchclust.recipes.kept import Result, Stages, origin
 from torchclust.recipes.prepare import Prepared, cluster_network_
-from torchclust.recipes.schema import ClusterSection, Schedule
+from torchclust.recipes.schema import ClusterSection, FinetuneSection, PruneSection, Schedule
 from torchclust.recipes.task import Task, as_batches
 from torchclust.recipes.training import GradualPruning, LowerRates, fit
 
@@ -124,6 +124,11 @@ class Phase(NamedTuple):
     lr_scale: float = 1.0
     schedule: Schedule = "constant"
 
+    @classmethod
+    def of(cls, section: PruneSection | FinetuneSection) -> Phase:
+        """Return the phase that a section of the recipe describes."""
+        return cls(section.epochs, section.lr_scale, section.schedule)
+
 
 class Training:
     """One method per stage: each returns the stage's module and how good it is."""
@@ -142,9 +147,9 @@ class Training:
     def control(self, trained: LightningModule) -> tuple[LightningModule, float]:
         """Return the unclustered module, trained as long as the clustered one."""
         prune, finetune = self.recipe.prune, self.recipe.finetune
-        plan = [Phase(prune.epochs, prune.lr_scale, prune.schedule)] if prune else []
+        plan = [Phase.of(prune)] if prune else []
         if finetune and finetune.labels:
-            plan += [Phase(finetune.epochs, finetune.lr_scale, finetune.schedule)]
+            plan += [Phase.of(finetune)]
         return self._stage("control", {"plan": plan}, lambda: self._fit(trained, plan))
 
     def clustering_with(self, section: ClusterSection) -> Training:
@@ -267,7 +272,7 @@ class Training:
         """Return the pruned module."""
         section = self.recipe.prune
         assert section is not None
-        plan = [Phase(section.epochs, section.lr_scale, section.schedule)]
+        plan = [Phase.of(section)]
 
         def pruned() -> LightningModule:
             return self._fit(trained, plan, [GradualPruning(section.sparsity, self.task.exports)])

@@ -19,7 +19,6 @@ from torchclust.export.rewrites.traced import (
     source,
 )
 
-_EXPANDS = ("expand", "expand_as")
 _LEAST = torch.finfo(torch.float32).tiny  # whose inverse root is finite
 
 
@@ -54,12 +53,18 @@ def total(traced: Traced, node: fx.Node) -> Substitute | None:
     return _of_mean(traced, node, lambda x: x, lambda y, count: y * count)
 
 
-def norm(traced: Traced, node: fx.Node, *, squared: bool = False) -> Substitute | None:
-    """The root of the mean square times the count, or its square."""
+def norm(traced: Traced, node: fx.Node) -> Substitute | None:
+    """The root of the mean square times the count."""
+    return _of_squares(traced, node, _root)
+
+
+def _of_squares(
+    traced: Traced, node: fx.Node, outside: Callable[[Tensor], Tensor]
+) -> Substitute | None:
+    """A function of the sum of squares, of which the operator is the root."""
     if float(arguments(node).get("ord", 2)) != 2:
         return None
-    root = identity if squared else _root
-    return _of_mean(traced, node, lambda x: x * x, lambda y, count: root(y * count))
+    return _of_mean(traced, node, lambda x: x * x, lambda y, count: outside(y * count))
 
 
 def root(traced: Traced, node: fx.Node) -> Substitute:
@@ -77,25 +82,29 @@ def over_length(traced: Traced, node: fx.Node) -> Substitute | None:
 
     Accelerators have that root, and no division.
     """
-    length, least = arguments(node)["other"], _LEAST
-    between = []
-    while isinstance(length, fx.Node) and operator(length) in (*_EXPANDS, "clamp_min"):
+    length, between, floors = arguments(node)["other"], [], []
+    while isinstance(length, fx.Node) and operator(length) in ("expand", "expand_as", "clamp_min"):
         between.append(length)
         if operator(length) == "clamp_min":
-            least = max(least, float(arguments(length)["min"]) ** 2)
+            floors.append(arguments(length)["min"])
         length = source(length)
     if length is None or operator(length) != "linalg_vector_norm":
         return None
     if any(len(n.users) > 1 for n in (length, *between)) or arguments(node).get("rounding_mode"):
         return None
-    squares = norm(traced, length, squared=True)
+    grows = shape(source(node)) != shape(node)  # by the expansion, which is left out
+    if grows or any(isinstance(floor, fx.Node) for floor in floors):
+        return None
+    squares = _of_squares(traced, length, identity)
     if squares is None:
         return None
-    traced.substitutes[length] = squares
-    for step in between:
-        expands = operator(step) in _EXPANDS
-        traced.substitutes[step] = identity if expands else lambda y, _: y.clamp(min=least)
-    return lambda x, squares: x * torch.rsqrt(squares)
+    traced.substitutes |= {length: squares, **dict.fromkeys(between, identity)}
+    least = max([_LEAST, *(max(floor, 0.0) ** 2 for floor in floors)])
+
+    def product(x: Tensor, squares: Tensor, **_: object) -> Tensor:
+        return x * torch.rsqrt(squares.clamp(min=least) if floors else squares)
+
+    return product
 
 
 def _of_mean(

@@ -6,9 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from torchclust.export.rewrites.traced import Substitute, Traced, arguments, operator, shape, source
-
-_MOST_STRIDE = 3  # that an Ethos-U takes; wider ones Vela cuts up itself, if nothing is padded
+from torchclust.export.accelerators import MOST_STRIDE
+from torchclust.export.rewrites.traced import (
+    Substitute,
+    Traced,
+    arguments,
+    numbers,
+    operator,
+    shape,
+    source,
+)
 
 
 def convolution(traced: Traced, node: fx.Node) -> Substitute | None:
@@ -19,9 +26,10 @@ def convolution(traced: Traced, node: fx.Node) -> Substitute | None:
     pixels in between, which it keeps, costs one pass over the input.
     """
     given, rank = arguments(node), len(shape(node)) - 2
-    stride, padding = (_each(given[name], rank) for name in ("stride", "padding"))
+    stride, padding = numbers(given["stride"], rank), given["padding"]
+    padding = [0] if padding == "valid" else numbers(padding, rank)  # "same" has no wide strides
     is_padded = any(padding) or operator(source(node)) in ("pad", "constant_pad_nd")
-    if rank not in (1, 2) or max(stride) <= _MOST_STRIDE or not is_padded:
+    if rank not in (1, 2) or max(stride) <= MOST_STRIDE or not is_padded:
         return None
     edges = [n for width in reversed(padding) for n in (width, width)]
     dilation, groups = given["dilation"], given["groups"]
@@ -33,8 +41,3 @@ def convolution(traced: Traced, node: fx.Node) -> Substitute | None:
         return convolve(copied, weight, bias, stride, 0, dilation, groups)
 
     return apart
-
-
-def _each(given: list[int], rank: int) -> list[int]:
-    """One number for each axis: torch takes one for all."""
-    return list(given) * rank if len(given) == 1 else list(given)

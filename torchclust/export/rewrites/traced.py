@@ -191,6 +191,12 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return {**given, **node.kwargs}
 
 
+def numbers(value: Any, axes: int) -> list[int]:
+    """An argument with a number for each axis; torch takes one for all."""
+    given = [value] if isinstance(value, int) else list(value)
+    return [int(n) for n in (given * axes if len(given) == 1 else given)]
+
+
 def source(node: Any) -> fx.Node | None:
     """The first tensor argument of an operator."""
     argument = node.args[0] if isinstance(node, fx.Node) and node.args else None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from torchclust.export.rewrites.traced import Substitute, Traced, arguments, shape
+from torchclust.export.rewrites.traced import Substitute, Traced, arguments, numbers, shape
 
 
 def conv_transpose(
@@ -31,7 +31,7 @@ def conv_transpose(
     weight = traced.value(given["weight"]) if folded is None else folded[0]
     if axes not in (1, 2) or weight is None:
         return None
-    stride, padding, more, dilation = (_numbers(given[name], axes) for name in names)
+    stride, padding, more, dilation = (numbers(given[name], axes) for name in names)
     if axes == 2 and groups == 1 and not any(more) and set(dilation) == {1}:
         return None
     name = traced.name(given["weight"])
@@ -62,11 +62,6 @@ def _by_group(x: Tensor, kernels: list[Any], bias: Tensor | None, step: tuple[in
     biases = [None] * count if bias is None else bias.chunk(count)
     parts = zip(x.chunk(count, 1), kernels, biases, strict=True)
     return torch.cat([F.conv_transpose2d(part, k(), b, step) for part, k, b in parts], 1)
-
-
-def _numbers(value: Any, axes: int) -> list[int]:
-    numbers = [value] if isinstance(value, int) else list(value)
-    return [int(n) for n in (numbers * axes if len(numbers) == 1 else numbers)]
 
 
 def spread(weight: Tensor, dilation: Sequence[int]) -> Tensor:
