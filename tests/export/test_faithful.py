@@ -13,7 +13,8 @@ from torchclust import cluster_
 from torchclust.export import ExportError, backends, micro_agreement, to_tflite
 from torchclust.export.graph import Graph
 from torchclust.export.rewrites import rules
-from torchclust.export.rewrites.traced import Substitute, Traced
+from torchclust.export.rewrites.nodes import Substitute
+from torchclust.export.rewrites.traced import Traced
 from torchclust.export.runner import Runner
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -167,8 +167,9 @@ def _report_unplaced(trained: Trained, sizes_left: set[int]) -> None:
     """An error for a tensor that is clustered; what only looks so (a constant) may well be none."""
     if not any(trained.weight.size % size == 0 for size in sizes_left):
         warnings.warn(
-            f"{trained.name!r} is not in the file: what it computes reaches no output, or is "
-            f"multiplied by zero, as by the BatchNorm of a branch that was never trained",
+            f"{trained.name!r} is not in the file: what it computes reaches no output, is a "
+            f"constant since it depends on no input, or is multiplied by zero, as by the BatchNorm "
+            f"of a branch that was never trained",
             stacklevel=4,
         )
         return

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torchclust.export.backends import ExportError
 from torchclust.export.graph import Array, Graph
 from torchclust.export.layout import Prepared, module_of
-from torchclust.export.rewrites.traced import operator, shape
+from torchclust.export.rewrites.nodes import operator, shape
 from torchclust.export.runner import Runner
 from torchclust.export.verify import sqnr
 

@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 
 from torchclust.export.backends import ExportError, first_line, quietly
 from torchclust.export.names import input_names, output_names
+from torchclust.export.rewrites.nodes import operator
 from torchclust.export.rewrites.rules import rewrite
-from torchclust.export.rewrites.traced import Traced, operator
+from torchclust.export.rewrites.traced import Traced
 from torchclust.model.cluster import strip_
 
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchclust.export import backends
 from torchclust.export.graph import Graph
+from torchclust.export.micro_interpreter import survives
 from torchclust.export.runner import Runner
 
 _ARENA = 1 << 18  # bytes beside the tensors, far more than it takes
@@ -43,8 +44,7 @@ def compare_micro(content: bytes, graph: Graph, inputs: Sequence[Tensor]) -> Mic
         inputs: one sample in the file's layout.
 
     Returns:
-        None where the package ``tflite-micro`` is not installed, or has no kernel for an operator
-        of the file.
+        None where the package ``tflite-micro`` is not installed, or cannot run the file.
 
     Warns:
         UserWarning: they differ by more than rounding, with the operator where it begins.
@@ -96,6 +96,8 @@ def _answered(content: bytes, graph: Graph, litert: Runner) -> Any:
     keep = runtime.InterpreterConfig.kPreserveAllTensors
     activations = sum(8 * math.prod(t.shape) for t in graph.tensors if t.data is None)
     arena = 2 * activations + len(graph.tensors) * _PER_TENSOR + _ARENA
+    if not survives(content, graph, arena):
+        return None
     with backends.quietly():
         try:
             micro = runtime.Interpreter.from_bytes(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchclust.export import backends
 from torchclust.export.backends import ExportError
-from torchclust.export.graph import Array, read_graph
+from torchclust.export.graph import Array, Graph, read_graph
 from torchclust.export.inspect import Port, port
 from torchclust.export.resolver import ETHOS_U, registrations
 
@@ -24,6 +24,13 @@ _TRIAL = """
 import sys
 from tflite_micro import runtime
 runtime.Interpreter.from_bytes(sys.stdin.buffer.read(), arena_size=int(sys.argv[1]))
+"""
+_RUN = _TRIAL.strip() + ".invoke()"
+# Operators whose kernels say so when they cannot do something; others may abort the process.
+_COMMON_OPERATORS = """
+ADD AVERAGE_POOL_2D CONCATENATION CONV_2D DEPTHWISE_CONV_2D EMBEDDING_LOOKUP FULLY_CONNECTED
+HARD_SWISH LEAKY_RELU LOGISTIC MAX_POOL_2D MEAN MUL PAD PADV2 QUANTIZE RELU RELU6 RESHAPE
+RESIZE_NEAREST_NEIGHBOR SLICE SOFTMAX STRIDED_SLICE SUB TANH TRANSPOSE TRANSPOSE_CONV
 """
 _QUANTIZED = ("int8", "uint8", "int16")
 
@@ -40,7 +47,13 @@ class Micro:
     """
 
     def __init__(self, content: bytes, arena: int = _AMPLE) -> None:
-        self._outputs = len(read_graph(content).outputs)
+        graph = read_graph(content)
+        self._outputs = len(graph.outputs)
+        if not survives(content, graph, arena):
+            raise ExportError(
+                "tflite-micro cannot run this file: one of its kernels ends the whole process, on "
+                "a shape or type that it does not know"
+            )
         with backends.heard() as said:
             try:
                 runtime = backends.micro()
@@ -79,6 +92,17 @@ def least_arena(content: bytes) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if _fits(content, middle * _STEP) else (middle, high)
     return high * _STEP
+
+
+def survives(content: bytes, graph: Graph, arena: int) -> bool:
+    """Whether a file leaves the process alive that runs it on zeros; an error counts as that.
+
+    Where it has other than common operators it is tried in a process of its own.
+    """
+    if {operator.name for operator in graph.operators} <= set(_COMMON_OPERATORS.split()):
+        return True
+    command = [sys.executable, "-c", _RUN, str(arena)]
+    return subprocess.run(command, input=content, capture_output=True).returncode >= 0
 
 
 def _fits(content: bytes, arena: int) -> bool:

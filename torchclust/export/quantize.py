@@ -63,6 +63,10 @@ def quantize(
             work = quantizer.Quantizer(small, recipe.static_wi8_ai8())
             if large:  # it would make the float file ready to run, whose shapes do not fit
                 work._ensure_model_qsv_sufficient = lambda _: None
+            # A constant factor gets one scale: LiteRT reads only the first.
+            work.add_static_config(
+                ".*", types.TFLOperationName.BATCH_MATMUL, 8, 8, types.QuantGranularity.TENSORWISE
+            )
             # The static recipe leaves tables in float; this stores them as int8, one scale a row.
             work.add_dynamic_config(".*", types.TFLOperationName.EMBEDDING_LOOKUP, num_bits=8)
             result = work.quantize(ranges, enable_progress_report=False)

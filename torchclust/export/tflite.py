@@ -36,6 +36,7 @@ from torchclust.export.noise import warn_if_noisy
 from torchclust.export.pointwise import convolutions_for_linears
 from torchclust.export.quantize import quantize
 from torchclust.export.runner import Runner
+from torchclust.export.sums import means_for_sums
 from torchclust.export.transposes import without_transposes
 from torchclust.export.verify import (
     Agreement,
@@ -164,7 +165,7 @@ def to_tflite(
     first, samples = _samples(calibration, prepared)
     float_file = without_transposes(_convert(prepared))
     if not float:
-        float_file = convolutions_for_linears(float_file)
+        float_file = means_for_sums(convolutions_for_linears(float_file))
     content = bytearray(float_file)
     graph = read_graph(content)
     if not float:

@@ -2,7 +2,7 @@
 
 It holds maps in NHWC but computes some operators in NCHW, a padding in front of two readers for
 one, with a TRANSPOSE on either side. Here each one sinks through what does not care for the order
-of axes until it meets its inverse.
+of axes until it meets its inverse, or a mean that no Ethos-U takes in the other order.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ class _Sinking(Editing):
         if not found or len({order for _, order in found}) > 1:
             return False
         order = found[0][1]
+        if kind == "MEAN" and inputs[0] in self.moved:
+            return self._average(operator, inputs, order)
         if kind in _UNARY and len(inputs) == 1:
             new = [found[0][0]]
         elif kind in ("PAD", "PADV2") and inputs[0] in self.moved:
@@ -80,6 +82,24 @@ class _Sinking(Editing):
         else:
             return False
         self._add_moved(operator, new, order)
+        return True
+
+    def _average(self, operator: Any, inputs: list[int], order: tuple[int, ...]) -> bool:
+        """Average the axes as they were, where what is left of them stands in the same order."""
+        axes = self.values(inputs[1])
+        if axes is None:
+            return False
+        away = {int(axis) % len(order) for axis in axes.reshape(-1)}
+        left = [axis for i, axis in enumerate(order) if i not in away]
+        moved = self.constant(np.array(sorted(order[i] for i in away), np.int32), "axes")
+        inputs = [self.moved[inputs[0]][0], moved]
+        if operator.builtinOptions.keepDims:
+            self._add_moved(operator, inputs, order)
+        elif left == sorted(left):
+            operator.inputs = inputs
+            self.operators.append(operator)
+        else:
+            return False
         return True
 
     def _compose(self, inputs: list[int], output: int) -> bool:

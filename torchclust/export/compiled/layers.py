@@ -27,12 +27,14 @@ class Layer:
             convolution of integers uses them.
         scales: what may stand beside the weights, by the operators that use them; none where
             it is not known.
+        starts: the first output channel of each group.
     """
 
     weight: Weight
     codes: Array
     positions: Array | None
     scales: tuple[ScaleStream, ...]
+    starts: range = range(1)
 
     @property
     def name(self) -> str:
@@ -67,7 +69,16 @@ def _layer(graph: Graph, weight: Weight) -> Layer:
         np.append(codes.ravel(), np.int16(0)),
         _convolution(np.arange(codes.size).reshape(codes.shape), users),
         tuple(_scales(graph, tensor, operator) for operator in users),
+        _groups(graph, tensor, weight.operator),
     )
+
+
+def _groups(graph: Graph, tensor: Tensor, operator: Operator) -> range:
+    """Where the groups of a grouped convolution begin; the whole of any other is one."""
+    if operator.name != "CONV_2D":
+        return range(1)
+    groups = graph.activation(operator).shape[3] // tensor.shape[3]
+    return range(0, tensor.shape[0], max(1, tensor.shape[0] // groups))
 
 
 def _convolution(positions: Array, users: list[Operator]) -> Array | None:

@@ -43,7 +43,8 @@ def match(
 ) -> Iterator[Match]:
     """Find the layer of each operation, and compare weights and scales, value by value, in order.
 
-    Kernels of ones that the compiler made for a mean or a pool belong to no layer, and to no match.
+    Kernels that the compiler made, for a mean, a sum or a resizing, belong to no layer, and to no
+    match.
 
     Raises:
         CompiledFileError: a stream is damaged, or its numbers are not those of any layer that has
@@ -51,22 +52,18 @@ def match(
         NotVerifiedError: no layer has an operation's shape.
     """
     covered = [np.zeros(len(layer.codes), bool) for layer in layers]
-    starts = [{0} for _ in layers]
+    starts = [set(layer.starts) for layer in layers]
     for operation in operations:
-        candidates = list(_candidates(operation, layers, covered, starts))
-        if not candidates and not operation.layout.depthwise:
-            shape = "x".join(map(str, operation.layout.shape))
-            raise NotVerifiedError(
-                f"the compiled file has a convolution of shape {shape} (O, H, W, I) that no layer "
-                f"of the original has"
-            )
         decoded = decode(operation, constants, device)
+        candidates = list(_candidates(operation, layers, covered, starts))
         found = _compare(candidates, layers, decoded, constants, device)
-        if found is None:
-            continue
-        covered[found.layer][found.positions] = True
-        starts[found.layer].add(found.start + operation.layout.shape[0])
-        yield Match(found.layer, found.positions[found.positions != ZERO], decoded)
+        while found is not None:
+            covered[found.layer][found.positions] = True
+            starts[found.layer].add(found.start + operation.layout.shape[0])
+            yield Match(found.layer, found.positions[found.positions != ZERO], decoded)
+            # Equal layers, or groups of one, share a stream, and their operations are the same.
+            unread = _unread(operation, layers, covered, starts)
+            found = next((c for c in unread if _reads(c, layers, decoded, constants, device)), None)
 
 
 def _candidates(
@@ -75,12 +72,34 @@ def _candidates(
     covered: Sequence[Array],
     starts: Sequence[set[int]],
 ) -> Iterator[_Candidate]:
-    """Parts of layers that have the operation's shape, first those that no operation read yet.
+    """Parts of layers that have the operation's shape, first those that no operation read yet."""
+    parts = list(_parts(operation, layers, starts))
+    unread = [part for part in parts if not _is_covered(part, covered)]
+    yield from unread
+    yield from (part for part in parts if part not in unread)
 
-    A part begins where another one ended: the compiler may cut a layer by its output channels.
+
+def _unread(
+    operation: Operation,
+    layers: Sequence[Layer],
+    covered: Sequence[Array],
+    starts: Sequence[set[int]],
+) -> Iterator[_Candidate]:
+    return (p for p in _parts(operation, layers, starts) if not _is_covered(p, covered))
+
+
+def _is_covered(part: _Candidate, covered: Sequence[Array]) -> bool:
+    return bool(covered[part.layer][part.positions[part.positions != ZERO]].all())
+
+
+def _parts(
+    operation: Operation, layers: Sequence[Layer], starts: Sequence[set[int]]
+) -> Iterator[_Candidate]:
+    """A part is a group of channels, or begins where another one ended.
+
+    The compiler may cut a layer by its output channels.
     """
     outputs, height, width, inputs = operation.layout.shape
-    again = []
     for number, layer in enumerate(layers):
         if operation.layout.depthwise and layer.weight.operator.name != "DEPTHWISE_CONV_2D":
             continue
@@ -88,15 +107,8 @@ def _candidates(
             if view.shape[3] != inputs:
                 continue
             for start in sorted(starts[number]):
-                part = view[start : start + outputs].ravel()
-                if start + outputs > len(view):
-                    continue
-                candidate = _Candidate(number, start, part)
-                if covered[number][part[part != ZERO]].all():
-                    again.append(candidate)
-                else:
-                    yield candidate
-    yield from again
+                if start + outputs <= len(view):
+                    yield _Candidate(number, start, view[start : start + outputs].ravel())
 
 
 def _compare(
@@ -106,12 +118,13 @@ def _compare(
     constants: bytes,
     device: Hardware,
 ) -> _Candidate | None:
-    """The candidate whose codes and scales the operation reads; None for a kernel of ones.
+    """The candidate whose codes and scales the operation reads; None for the compiler's own kernel.
 
     Codes alone do not tell layers apart: gains that are one number each are 127 in every block.
 
     Raises:
         CompiledFileError: no candidate; the message speaks of the nearest.
+        NotVerifiedError: there is none of that shape.
     """
     values, order = decoded.values, decoded.order
     nearest, fewest = "the compiled file has a kernel that is in no layer", len(values) + 1
@@ -131,9 +144,47 @@ def _compare(
                 f"{fewest:,} of {len(values):,} differ, the first is {values[first]} instead of "
                 f"{expected[first]}"
             )
-    if decoded.operation.layout.depthwise and np.array_equal(values, order != ZERO):
+    if _is_compilers_own(decoded):
         return None
+    if not candidates and not decoded.operation.layout.depthwise:
+        shape = "x".join(map(str, decoded.operation.layout.shape))
+        raise NotVerifiedError(
+            f"the compiled file has a convolution of shape {shape} (O, H, W, I) that no layer "
+            f"of the original has"
+        )
     raise CompiledFileError(nearest)
+
+
+def _is_compilers_own(decoded: Decoded) -> bool:
+    """Whether a kernel is one that Vela makes: ones that add, or a bilinear resizing's.
+
+    That doubles a map in four convolutions, one for each phase, of weights 1, 3, 3 and 9. A layer
+    that was overwritten by such numbers is not taken for one: its own are missed in the end.
+    """
+    values, order, layout = decoded.values, decoded.order, decoded.operation.layout
+    if np.array_equal(values, order != ZERO):
+        return True
+    if not layout.depthwise or layout.shape[1:3] != (2, 2):
+        return False
+    kernels = np.zeros(layout.shape[0] * 4, np.int64)
+    kernels[order[order != ZERO]] = values[order != ZERO]
+    first = sorted(kernels[:4]) == [1, 3, 3, 9] and kernels[0] * kernels[3] == 9
+    return bool(first and (kernels.reshape(-1, 4) == kernels[:4]).all())
+
+
+def _reads(
+    part: _Candidate,
+    layers: Sequence[Layer],
+    decoded: Decoded,
+    constants: bytes,
+    device: Hardware,
+) -> bool:
+    """Whether an operation reads just the codes and scales of a part of a layer."""
+    layer = layers[part.layer]
+    expected = layer.codes[np.append(part.positions, ZERO)[decoded.order]]
+    return np.array_equal(expected, decoded.values) and _has_scales(
+        decoded.operation, constants, device, layer, part.start
+    )
 
 
 def _has_scales(

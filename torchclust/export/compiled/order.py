@@ -66,6 +66,8 @@ def weight_order(layout: Layout, device: Hardware, fast: bool) -> tuple[Array, .
 def _walk(shape: tuple[int, int, int, int], loops: _Loops) -> Array:
     _, height, width, depth = shape
     count = len(loops.channels)
+    if not count:  # a core that gets none of a few channels
+        return np.empty(0, np.int64)
     blocks = np.arange(0, count, loops.block)
     micros = np.arange(0, loops.block, loops.micro)
     input_blocks = np.arange(0, depth, loops.input_block)
@@ -84,7 +86,7 @@ def _walk(shape: tuple[int, int, int, int], loops: _Loops) -> Array:
     )
     source = step + loops.inner[:, None, None] + np.arange(loops.inputs)
     inside = (output < count) & (source < depth)
-    channel = loops.channels[np.minimum(output, count - 1)] if count else output
+    channel = loops.channels[np.minimum(output, count - 1)]
     read = blocks[:, None, None, None] + micros < count
     if loops.clipped:
         read = read & (step[..., 0, 0, 0, 0] < depth)

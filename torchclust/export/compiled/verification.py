@@ -129,5 +129,5 @@ def _row(layer: Layer, found: list[Match], graph: Graph) -> CompiledRow:
     if not covered.all():
         missing = int((~covered).sum())
         raise CompiledFileError(f"the compiled file misses {missing:,} weights of {layer.name}")
-    parts = [each.decoded for each in found]
+    parts = list({each.decoded.operation: each.decoded for each in found}.values())
     return encoded_row(tensor.name, operator, tensor.data.size, parts)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import fx
 
-from torchclust.export.rewrites.traced import operator
+from torchclust.export.rewrites.nodes import operator
 
 
 def average_by_sum(graph: fx.GraphModule) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
-from torchclust.export.rewrites.traced import operator
+from torchclust.export.rewrites.nodes import operator
 
 _CLIPPING = ("relu", "relu_", "hardtanh", "hardtanh_", "clamp")
 

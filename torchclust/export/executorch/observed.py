@@ -23,7 +23,7 @@ from torchclust.export.executorch.averages import average_by_sum
 from torchclust.export.executorch.clipping import clipped
 from torchclust.export.executorch.paddings import pad_inside
 from torchclust.export.layout import Prepared
-from torchclust.export.rewrites.traced import operator
+from torchclust.export.rewrites.nodes import operator
 
 # The axis of output channels in torch's layout of the weight.
 _CHANNEL_AXIS = {"conv1d": 0, "conv2d": 0, "conv3d": 0, "linear": 0, "conv_transpose2d": 1}

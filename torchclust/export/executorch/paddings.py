@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from torchclust.export.rewrites.traced import arguments, operator
+from torchclust.export.rewrites.nodes import arguments, operator
 
 
 def pad_inside(graph: fx.GraphModule) -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, fx
 
 from torchclust.export.rewrites.affine import depthwise
-from torchclust.export.rewrites.traced import Substitute, Traced, arguments, shape
+from torchclust.export.rewrites.nodes import Substitute, arguments, shape, source
+from torchclust.export.rewrites.traced import Traced, is_channels_last
 
 _LOGARITHM = (1.0178, 0.3126, 0.8448)  # of t, t^2 and t^3, for -log(1 - t), t up to one half
 
@@ -16,6 +17,13 @@ def leaky_relu(traced: Traced, node: fx.Node) -> Substitute | None:
     slope = float(arguments(node)["negative_slope"])
     if slope > 1:
         return None
+    return lambda x, *_, **__: torch.maximum(x, x * slope)
+
+
+def rrelu(traced: Traced, node: fx.Node) -> Substitute:
+    """A leaky ReLU whose slope is the middle of those that training draws."""
+    given = arguments(node)
+    slope = (float(given["lower"]) + float(given["upper"])) / 2
     return lambda x, *_, **__: torch.maximum(x, x * slope)
 
 
@@ -61,6 +69,19 @@ def elu(traced: Traced, node: fx.Node) -> Substitute | None:
     return _exponential(float(given["alpha"]), 1.0)
 
 
+def celu(traced: Traced, node: fx.Node) -> Substitute:
+    """``alpha * elu(x / alpha)``."""
+    alpha = float(arguments(node)["alpha"])
+    elu = _exponential(1.0, 1.0)
+    return elu if alpha == 1 else lambda x, *_, **__: elu(x * (1 / alpha)) * alpha
+
+
+def softshrink(traced: Traced, node: fx.Node) -> Substitute:
+    """What exceeds lambda on either side."""
+    edge = float(arguments(node)["lambd"])
+    return lambda x, *_, **__: torch.relu(x - edge) - torch.relu(x * -1.0 - edge)
+
+
 def selu(traced: Traced, node: fx.Node) -> Substitute:
     """ELU with the two constants that make a network normalize itself."""
     return _exponential(1.6732632423543772, 1.0507009873554805)
@@ -88,6 +109,15 @@ def reversed_difference(traced: Traced, node: fx.Node) -> Substitute | None:
         return None
     factor, addend = -float(given["alpha"]), float(given["other"])
     return lambda x, *_, **__: x * factor + addend
+
+
+def softmax(traced: Traced, node: fx.Node) -> Substitute | None:
+    """Over another axis than a map's channels or the last one, with that axis last."""
+    axis, rank = int(arguments(node)["dim"]), len(shape(node))
+    last = 1 if rank == 4 and is_channels_last(traced, source(node)) else rank - 1
+    if axis % rank == last:
+        return None
+    return lambda x, *_, **__: x.transpose(axis, -1).softmax(-1).transpose(axis, -1).contiguous()
 
 
 def softplus(traced: Traced, node: fx.Node) -> Substitute:

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from torchclust.export.rewrites.traced import (
+from torchclust.export.rewrites.nodes import (
     Substitute,
-    Traced,
     arguments,
     identity,
     operator,
     shape,
     source,
 )
+from torchclust.export.rewrites.traced import Traced, is_channels_last
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +91,8 @@ def _step(traced: Traced, node: fx.Node) -> Affine | None:
         left, constant = right, _per_channel(traced, left, shape(node))
     if constant is None or not isinstance(left, fx.Node) or shape(left) != shape(node):
         return None
+    if not is_channels_last(traced, left):
+        return None  # the scores of attention heads, say: a convolution would transpose them
     one, zero = torch.ones_like(constant), torch.zeros_like(constant)
     scale, shift = {
         "add": (one, constant),

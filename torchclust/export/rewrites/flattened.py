@@ -11,15 +11,8 @@ import math
 import torch
 from torch import Tensor, fx, nn
 
-from torchclust.export.rewrites.traced import (
-    Substitute,
-    Traced,
-    flattened_map,
-    is_channels_last,
-    operator,
-    shape,
-    source,
-)
+from torchclust.export.rewrites.nodes import Substitute, flattened_map, operator, shape, source
+from torchclust.export.rewrites.traced import Traced, is_channels_last
 
 # Operators that neither move nor mix elements, so a permutation passes through them.
 _POINTWISE = ("dropout", "clone", "contiguous", "alias", "detach", "detach_", "relu", "relu_", "to")

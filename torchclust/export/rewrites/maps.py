@@ -8,9 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from torchclust.export.rewrites.traced import (
+from torchclust.export.rewrites.nodes import (
     Substitute,
-    Traced,
     arguments,
     flattened_pixels,
     identity,
@@ -18,6 +17,7 @@ from torchclust.export.rewrites.traced import (
     shape,
     source,
 )
+from torchclust.export.rewrites.traced import Traced, is_channels_last
 
 _LEAST = torch.finfo(torch.float32).tiny  # whose inverse root is finite
 
@@ -35,7 +35,7 @@ def mean(traced: Traced, node: fx.Node) -> Substitute | None:
         whole = shape(maps) or (*whole[:2], 1, whole[2])
         if maps is not None and before is not None:
             traced.substitutes[before] = identity
-    elif len(whole) == 4 and axes == [1]:
+    elif _is_over_channels(traced, before, axes) or _is_over_last(traced, before, axes):
         return _of_mean(traced, node, identity, lambda y, _: y)
     elif len(whole) != 4 or axes != [2, 3]:
         return None
@@ -72,9 +72,21 @@ def root(traced: Traced, node: fx.Node) -> Substitute:
     return _root
 
 
+def power(traced: Traced, node: fx.Node) -> Substitute | None:
+    """Roots, and small whole powers as products."""
+    return _POWERS.get(arguments(node)["exponent"])
+
+
 def _root(x: Tensor, *_: object) -> Tensor:
     """As a product with the inverse root: accelerators have no other."""
     return x * torch.rsqrt(x.clamp(min=_LEAST))
+
+
+_POWERS: dict[object, Substitute] = {
+    0.5: _root,
+    3: lambda x, *_, **__: x * x * x,
+    4: lambda x, *_, **__: (x * x) * (x * x),
+}
 
 
 def over_length(traced: Traced, node: fx.Node) -> Substitute | None:
@@ -107,6 +119,23 @@ def over_length(traced: Traced, node: fx.Node) -> Substitute | None:
     return product
 
 
+def cosine(traced: Traced, node: fx.Node) -> Substitute | None:
+    """A mean of products by the roots of two mean squares, whose counts cancel."""
+    given, size = arguments(node), shape(node)
+    left, right = given["x1"], given["x2"]
+    if shape(left) != shape(right):
+        return None
+    axes = [int(given["dim"]) % len(shape(left))]
+    mean = average(traced, left, axes)
+    least = max(_LEAST, float(given["eps"]) ** 2 / shape(left)[axes[0]])
+
+    def cosine(a: Tensor, b: Tensor, *_: object, **__: object) -> Tensor:
+        lengths = [torch.rsqrt(mean(x * x).clamp(min=least)) for x in (a, b)]
+        return mean((a * lengths[0]) * (b * lengths[1])).reshape(size)
+
+    return cosine
+
+
 def _of_mean(
     traced: Traced,
     node: fx.Node,
@@ -118,28 +147,43 @@ def _of_mean(
     if not before or len(node.args) < 1:
         return None
     axes, size = _axes(node), shape(node)
-    count, average = math.prod(before[axis] for axis in axes), _average(traced, before, axes)
+    count, mean = math.prod(before[axis] for axis in axes), average(traced, source(node), axes)
 
     def reduced(x: Tensor, *_: object, **__: object) -> Tensor:
-        return outside(average(inside(x)).reshape(size), float(count))
+        return outside(mean(inside(x)).reshape(size), float(count))
 
     return reduced
 
 
-def _average(
-    traced: Traced, before: tuple[int, ...], axes: list[int]
-) -> Callable[[Tensor], Tensor]:
-    """The mean over axes that are kept; over a map's channels a convolution, which an NPU has."""
-    if len(before) != 4 or axes != [1]:
-        return lambda x: x.mean(axes, keepdim=True)
-    weight = traced.constant(torch.full((1, before[1], 1, 1), 1 / before[1]))
-    return lambda x: torch.conv2d(x, weight())
+def average(traced: Traced, before: fx.Node | None, axes: list[int]) -> Callable[[Tensor], Tensor]:
+    """The mean over axes that are kept, in the form that an NPU has.
+
+    Over a map's channels that is a convolution. Over the last of four axes, as those of attention
+    heads, Vela takes only rows of one map.
+    """
+    whole = shape(before)
+    if _is_over_channels(traced, before, axes):
+        weight = traced.constant(torch.full((1, whole[1], 1, 1), 1 / whole[1]))
+        return lambda x: torch.conv2d(x, weight())
+    if _is_over_last(traced, before, axes):
+        rows, kept = (1, math.prod(whole[:-1]), whole[-1]), (*whole[:-1], 1)
+        return lambda x: x.reshape(rows).mean(2, keepdim=True).reshape(kept)
+    return lambda x: x.mean(axes, keepdim=True)
+
+
+def _is_over_channels(traced: Traced, before: fx.Node | None, axes: list[int]) -> bool:
+    return axes == [1] and len(shape(before)) == 4 and is_channels_last(traced, before)
+
+
+def _is_over_last(traced: Traced, before: fx.Node | None, axes: list[int]) -> bool:
+    rank = len(shape(before))
+    return axes == [rank - 1] and rank > 3 and not is_channels_last(traced, before)
 
 
 def deviation(traced: Traced, node: fx.Node) -> Substitute | None:
     """The root of the mean squared distance from the mean."""
     before, axes, size = shape(source(node)), _axes(node), shape(node)
-    given, average = arguments(node), _average(traced, before, axes)
+    given, mean = arguments(node), average(traced, source(node), axes)
     count = math.prod(before[axis] for axis in axes)
     correction = given.get("correction", 1 if given.get("unbiased", True) else 0)
     divisor = count - float(1 if correction is None else correction)
@@ -147,9 +191,8 @@ def deviation(traced: Traced, node: fx.Node) -> Substitute | None:
         return None
 
     def deviation(x: Tensor, *_: object, **__: object) -> Tensor:
-        distance = x - average(x)
-        mean = average(distance * distance)
-        return _root(mean.reshape(size) * (count / divisor))
+        distance = x - mean(x)
+        return _root(mean(distance * distance).reshape(size) * (count / divisor))
 
     return deviation
 

@@ -10,14 +10,8 @@ from torch import Tensor, fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from torchclust.export.rewrites.affine import depthwise
-from torchclust.export.rewrites.traced import (
-    Substitute,
-    Traced,
-    arguments,
-    identity,
-    operator,
-    source,
-)
+from torchclust.export.rewrites.nodes import Substitute, arguments, identity, operator, source
+from torchclust.export.rewrites.traced import Traced
 from torchclust.export.rewrites.transposed import conv_transpose
 
 _Statistics: TypeAlias = tuple[Tensor, Tensor, float, Tensor | None, Tensor | None]

@@ -15,14 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from torchclust.activations.plan import averages_all
-from torchclust.export.rewrites.traced import (
-    Substitute,
-    Traced,
-    arguments,
-    is_nonnegative,
-    shape,
-    source,
-)
+from torchclust.export.rewrites.nodes import Substitute, arguments, is_nonnegative, shape, source
+from torchclust.export.rewrites.traced import Traced
 
 Edges = tuple[tuple[int, int], tuple[int, int]]
 
@@ -111,15 +105,6 @@ def adaptive_max_pool(traced: Traced, node: fx.Node) -> Substitute | None:
         return None
     kernel = [before[2] // after[2], before[3] // after[3]]
     return lambda x, *_, **__: (F.max_pool2d(x, kernel), None)
-
-
-def largest(traced: Traced, node: fx.Node) -> Substitute | None:
-    """The maximum over all pixels as a pooling."""
-    before, after = shape(source(node)), shape(node)
-    axes = sorted(axis % len(before) for axis in arguments(node)["dim"])
-    if len(before) != 4 or axes != [2, 3]:
-        return None
-    return lambda x, *_, **__: F.max_pool2d(x, before[2:]).reshape(after)
 
 
 def widened(x: Tensor, edges: Edges) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from torchclust.export.rewrites.traced import Substitute, Traced, shape, source
+from torchclust.export.rewrites.nodes import Substitute, shape, source
+from torchclust.export.rewrites.traced import Traced
 
 _MOST = 4  # times that a map is enlarged before pixels are picked; above, rows are gathered
 

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from torch import fx
 
-from torchclust.export.rewrites import activations, maps, pooling, resizing, strided, transposed
+from torchclust.export.rewrites import (
+    activations,
+    maps,
+    maxima,
+    pooling,
+    products,
+    repeats,
+    resizing,
+    statistics,
+    strided,
+    transposed,
+)
 from torchclust.export.rewrites.affine import merge_affine
+from torchclust.export.rewrites.constants import fold_constants
 from torchclust.export.rewrites.flattened import permute_flattened
+from torchclust.export.rewrites.nodes import Substitute, operator
 from torchclust.export.rewrites.norms import fold_batch_norm, keep_shared_values
-from torchclust.export.rewrites.traced import Substitute, Traced, operator
+from torchclust.export.rewrites.traced import Traced
 
 
 def unchecked(traced: Traced, node: fx.Node) -> Substitute:
@@ -22,25 +35,46 @@ RULES = {
     "abs": activations.absolute,
     "adaptive_avg_pool2d": pooling.adaptive_avg_pool,
     "adaptive_max_pool2d": pooling.adaptive_max_pool,
-    "amax": pooling.largest,
+    "amax": maxima.amax,
     "avg_pool2d": pooling.avg_pool,
+    "bmm": products.product,
+    "broadcast_to": repeats.expand,
+    "celu": activations.celu,
     "clamp": activations.clamp,
     "conv_transpose1d": transposed.conv_transpose,
     "conv_transpose2d": transposed.conv_transpose,
+    "cosine_similarity": maps.cosine,
     "div": maps.over_length,
     "elu": activations.elu,
+    "expand": repeats.expand,
+    "expand_as": repeats.expand,
+    "group_norm": statistics.group_norm,
     "hardtanh": activations.clamp,
+    "instance_norm": statistics.instance_norm,
+    "layer_norm": statistics.layer_norm,
     "leaky_relu": activations.leaky_relu,
+    "matmul": products.product,
+    "max": maxima.max_dim,
     "max_pool2d": pooling.max_pool,
     "mean": maps.mean,
     "mish": activations.mish,
+    "mm": products.product,
     "linalg_vector_norm": maps.norm,
+    "pad": repeats.pad,
+    "pow": maps.power,
     "prelu": activations.prelu,
+    "repeat": repeats.repeat,
+    "repeat_interleave": repeats.repeat_interleave,
+    "rms_norm": statistics.rms_norm,
+    "rrelu": activations.rrelu,
     "rsub": activations.reversed_difference,
     "selu": activations.selu,
+    "softmax": activations.softmax,
+    "softshrink": activations.softshrink,
     "sqrt": maps.root,
     "std": maps.deviation,
     "sum": maps.total,
+    "tile": repeats.repeat,
     "upsample_nearest2d": resizing.nearest,
 }
 # For int8 files: right to within a step, or for the sake of what compiles them.
@@ -59,6 +93,7 @@ def rewrite(traced: Traced, *, float_file: bool) -> None:
         traced: gets them, and the order of columns.
         float_file: whether shared values have to stay apart from BatchNorms, in a float file.
     """
+    fold_constants(traced)
     permute_flattened(traced)
     fold_batch_norm(traced)
     if float_file:

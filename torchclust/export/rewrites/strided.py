@@ -7,15 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from torchclust.export.accelerators import MOST_STRIDE
-from torchclust.export.rewrites.traced import (
-    Substitute,
-    Traced,
-    arguments,
-    numbers,
-    operator,
-    shape,
-    source,
-)
+from torchclust.export.rewrites.nodes import Substitute, arguments, numbers, operator, shape, source
+from torchclust.export.rewrites.traced import Traced
 
 
 def convolution(traced: Traced, node: fx.Node) -> Substitute | None:

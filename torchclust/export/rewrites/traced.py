@@ -9,19 +9,27 @@ stay those of the user's model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import traceback
 
-Substitute: TypeAlias = Callable[..., Any]
+from torchclust.export.rewrites.nodes import (
+    MOVES,
+    Substitute,
+    computed,
+    is_constant,
+    operator,
+    shape,
+    source,
+    writes,
+)
+
 WRAPPER = "torchclust.export.layout.Deployed"  # the module that is converted
 
-_RESHAPES = ("view", "reshape", "flatten", "_unsafe_view")
-_MOVES = (*_RESHAPES, "permute", "transpose", "unsqueeze", "squeeze")
+_WEIGHTED = ("linear", "conv1d", "conv2d", "conv3d", "matmul", "mm", "bmm", "embedding")
 # Operators whose map the converter keeps in NHWC.
 _SPATIAL = ("conv", "pool", "batch_norm", "upsample", "pixel_shuffle")
 
@@ -35,6 +43,7 @@ class Traced:
         inputs_last: for every input's name in the trace, whether the file has its channels last.
         constants: holds tensors that substitutes need, so that a trace of them finds them.
         substitutes: by operator.
+        folded: results that are constants, by operator, as they are when they are read.
         columns: the order in which a parameter's columns stand in the converted model, by name.
         dilations: by how much a parameter's kernel is spread there, zeros in between, by name.
     """
@@ -48,6 +57,7 @@ class Traced:
         self.model, self.program, self.inputs_last = model, program, inputs_last
         self.constants = nn.Module()
         self.substitutes: dict[fx.Node, Substitute] = {}
+        self.folded: dict[fx.Node, Tensor] = {}
         self.columns: dict[str, Tensor] = {}
         self.dilations: dict[str, tuple[int, ...]] = {}
         signature = program.graph_signature
@@ -68,10 +78,16 @@ class Traced:
         """The parameter or buffer that a node stands for."""
         return self._names.get(node.name) if isinstance(node, fx.Node) else None
 
+    def is_buffer(self, node: fx.Node) -> bool:
+        """Whether a node stands for a buffer or a constant, not a parameter."""
+        parameters = self.program.graph_signature.inputs_to_parameters
+        known = node.name in self._names or node.name in self._lifted
+        return known and node.name not in parameters
+
     def value(self, node: Any) -> Tensor | None:
         """The tensor of a parameter, a buffer or a constant; None where the model computes it."""
-        if not isinstance(node, fx.Node):
-            return None
+        if not isinstance(node, fx.Node) or node in self.folded:
+            return self.folded.get(node)
         name = self._names.get(node.name)
         if name is not None:
             return _get(self.model, name, self.program)
@@ -80,23 +96,31 @@ class Traced:
             return self.constants.get_buffer(lifted)
         return self._computed(node) if node in self._fixed else None
 
+    def is_constant(self, node: fx.Node) -> bool:
+        """Whether an operator's result is the same in every call."""
+        return node in self._fixed
+
+    def moving(self, node: fx.Node) -> fx.Node | None:
+        """The first operand of an operator that depends on the model's inputs."""
+        return next((n for n in node.all_input_nodes if n not in self._fixed), None)
+
     def _computed(self, node: fx.Node) -> Tensor | None:
         """A constant that the model computes of constants, such as a view of a buffer."""
-        values = {n: self.value(n) for n in node.all_input_nodes}
-        if any(v is None for v in values.values()) or not callable(node.target):
-            return None
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-        value = node.target(*args, **kwargs)
-        return value if isinstance(value, Tensor) else None
+        values = {n: self.value(n) for n in node.all_input_nodes if n in self._fixed}
+        known = {n: v for n, v in values.items() if v is not None}
+        return computed(node, known) if len(known) == len(values) else None
 
     def _constants(self) -> set[fx.Node]:
-        """Operators that depend on no input of the model."""
+        """Operators that depend on no input of the model.
+
+        Not those of what the trace writes to, and not weights' products, which stay in the file.
+        """
         found: set[fx.Node] = set()
+        written = {_root(n) for n in self.nodes if writes(n)}
         for node in self.program.graph.nodes:
             named = node.name in self._names or node.name in self._lifted
-            inputs = node.all_input_nodes
-            made = node.op == "call_function" and inputs and all(n in found for n in inputs)
-            if named or made:
+            made = is_constant(node, found) and operator(node) not in _WEIGHTED
+            if (named or made) and node not in written:
                 found.add(node)
         return found
 
@@ -176,39 +200,12 @@ class _Running(fx.Interpreter):
         return value
 
 
-def operator(node: Any) -> str:
-    """The operator's name without overload: ``max_pool2d`` of ``aten.max_pool2d.default``."""
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return ""
-    return str(getattr(node.target, "_opname", ""))
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """An operator's arguments by name, defaults included."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = {a.name: a.default_value for a in schema}
-    given.update(zip((a.name for a in schema), node.args, strict=False))
-    return {**given, **node.kwargs}
-
-
-def numbers(value: Any, axes: int) -> list[int]:
-    """An argument with a number for each axis; torch takes one for all."""
-    given = [value] if isinstance(value, int) else list(value)
-    return [int(n) for n in (given * axes if len(given) == 1 else given)]
-
-
-def source(node: Any) -> fx.Node | None:
-    """The first tensor argument of an operator."""
-    argument = node.args[0] if isinstance(node, fx.Node) and node.args else None
-    if isinstance(argument, (list, tuple)):
-        argument = argument[0] if argument else None
-    return argument if isinstance(argument, fx.Node) else None
-
-
-def shape(node: Any) -> tuple[int, ...]:
-    """The shape of an operator's result; () of what is no tensor."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
+def _root(node: fx.Node) -> fx.Node | None:
+    """The tensor of which the first operand of an operator is a view."""
+    before = source(node)
+    while operator(before) in (*MOVES, "slice", "select"):
+        before = source(before)
+    return before
 
 
 def is_channels_last(traced: Traced, node: fx.Node | None) -> bool:
@@ -219,49 +216,10 @@ def is_channels_last(traced: Traced, node: fx.Node | None) -> bool:
             return traced.inputs_last.get(node.name, False)
         if any(kind in operator(node) for kind in _SPATIAL):
             return True
-        if operator(node) in _MOVES:
+        if operator(node) in MOVES:
             return False
-        node = source(node)
+        node = traced.moving(node)
     return False
-
-
-def flattened_map(node: fx.Node | None) -> fx.Node | None:
-    """The map that ``node`` is the flattening of, (N, C, ...) as (N, C * ...); else None."""
-    if operator(node) not in _RESHAPES:
-        return None
-    before = source(node)
-    whole = shape(before)
-    return before if len(whole) > 2 and shape(node) == (whole[0], math.prod(whole[1:])) else None
-
-
-def flattened_pixels(node: fx.Node | None) -> fx.Node | None:
-    """The map (N, C, H, W) that ``node`` is as (N, C, H * W); else None."""
-    before = source(node) if operator(node) in _RESHAPES else None
-    whole = shape(before)
-    is_map = len(whole) == 4 and shape(node) == (*whole[:2], whole[2] * whole[3])
-    return before if is_map else None
-
-
-def is_nonnegative(node: fx.Node | None) -> bool:
-    """Whether nothing below zero can come from an operator, as behind a ReLU."""
-    while operator(node) in ("dropout", "clone", "contiguous", "max_pool2d", "avg_pool2d"):
-        node = source(node)
-    if operator(node) in ("hardtanh", "hardtanh_"):
-        return node is not None and float(arguments(node)["min_val"]) >= 0
-    return operator(node) in (
-        "relu",
-        "relu_",
-        "relu6",
-        "relu6_",
-        "sigmoid",
-        "hardsigmoid",
-        "softmax",
-    )
-
-
-def identity(x: Tensor, *_: object, **__: object) -> Tensor:
-    """The substitute of an operator that another one's does as well."""
-    return x
 
 
 def _named_stacks(nodes: Iterable[fx.Node]) -> None:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from torchclust.export.rewrites.traced import Substitute, Traced, arguments, numbers, shape
+from torchclust.export.rewrites.nodes import Substitute, arguments, numbers, shape
+from torchclust.export.rewrites.traced import Traced
 
 
 def conv_transpose(

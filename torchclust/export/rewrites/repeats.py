@@ -1,0 +1,101 @@
+"""Copies of a tensor along its axes, as broadcasting where it does, else as concatenations.
+
+The converter moves a map's channels behind its pixels and forgets to move the counts of copies
+along; and an Ethos-U has no operator that copies, but joins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from torchclust.export.rewrites.nodes import Substitute, arguments, operator, shape, source
+from torchclust.export.rewrites.traced import Traced
+
+_ELEMENTWISE = ("add", "sub", "mul", "div", "maximum", "minimum")
+
+
+def expand(traced: Traced, node: fx.Node) -> Substitute | None:
+    """Nothing, where each reader would broadcast anyhow; else copies."""
+    before, after = shape(source(node)), shape(node)
+    counts = _counts(before, after)
+    if math.prod(counts) == 1:
+        return None
+    if all(_broadcasts(user, node) for user in node.users):
+        return lambda x, *_, **__: x.reshape((1,) * (len(after) - len(before)) + before)
+    return lambda x, *_, **__: _copied(x, counts)
+
+
+def repeat(traced: Traced, node: fx.Node) -> Substitute | None:
+    """Copies of the whole, axis by axis."""
+    given = arguments(node)
+    counts = [int(n) for n in given["repeats" if "repeats" in given else "dims"]]
+    counts = [1] * (len(shape(node)) - len(counts)) + counts
+    return None if math.prod(counts) == 1 else lambda x, *_, **__: _copied(x, counts)
+
+
+def repeat_interleave(traced: Traced, node: fx.Node) -> Substitute | None:
+    """Copies of each slice beside it."""
+    given, before, after = arguments(node), shape(source(node)), shape(node)
+    count, axis = given["repeats"], given["dim"]
+    if not isinstance(count, int) or count == 1:
+        return None
+    whole = (math.prod(before),) if axis is None else before
+    axis = 0 if axis is None else axis % len(before)
+    apart = (*whole[: axis + 1], 1, *whole[axis + 1 :])
+    counts = [count if i == axis + 1 else 1 for i in range(len(apart))]
+    return lambda x, *_, **__: _copied(x.reshape(apart), counts).reshape(after)
+
+
+def pad(traced: Traced, node: fx.Node) -> Substitute | None:
+    """Of circular paddings, the slices at the other end."""
+    given = arguments(node)
+    widths = [int(n) for n in given["pad"]]
+    if given["mode"] != "circular" or min(widths) < 0:
+        return None
+
+    def around(x: Tensor, *_: object, **__: object) -> Tensor:
+        for number, (begin, end) in enumerate(zip(widths[::2], widths[1::2], strict=True)):
+            axis, size = x.ndim - 1 - number, x.shape[-1 - number]
+            parts = [x.narrow(axis, size - begin, begin)] if begin else []
+            parts += [x, *([x.narrow(axis, 0, end)] if end else [])]
+            x = torch.cat(parts, axis) if len(parts) > 1 else x
+        return x
+
+    return around
+
+
+def _counts(before: Sequence[int], after: Sequence[int]) -> list[int]:
+    padded = [1] * (len(after) - len(before)) + list(before)
+    return [b // a for a, b in zip(padded, after, strict=True)]
+
+
+def _broadcasts(user: fx.Node, node: fx.Node) -> bool:
+    """Whether an operator of two tensors gives the same without the copies."""
+    if operator(user).rstrip("_") not in _ELEMENTWISE or len(user.args) < 2:
+        return False
+    others = [n for n in user.args[:2] if n is not node]
+    return len(others) == 1 and shape(others[0]) == shape(node)
+
+
+def _copied(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """So many copies along each axis, a few at a time: twelve twelves rather than 144."""
+    x = x.reshape((1,) * (len(counts) - x.ndim) + tuple(x.shape))
+    for axis, count in enumerate(counts):
+        for factor in _factors(count):
+            x = torch.cat([x] * factor, axis)
+    return x
+
+
+def _factors(count: int) -> list[int]:
+    """Factors whose product is the count, none large where it has small ones."""
+    found, prime = [], 2
+    while count > 1:
+        while count % prime == 0:
+            found.append(prime)
+            count //= prime
+        prime = prime + 1 if prime * prime <= count else max(count, prime + 1)
+    return found
