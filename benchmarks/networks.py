@@ -188,7 +188,10 @@ def build(name: str) -> tuple[nn.Module, tuple[int, ...], bool]:
         options: dict[str, Any] = {"image_size": size} if short.startswith("vit") else {}
         if short in ("googlenet", "inception_v3"):
             options = {"aux_logits": False, "init_weights": True}
-        return torchvision.models.get_model(short, weights=None, **options), (3, size, size), False
+        model = torchvision.models.get_model(short, weights=None, **options)
+        if short.startswith("vit"):  # whose head is all zeros before training
+            nn.init.normal_(model.heads.head.weight, std=0.02)
+        return model, (3, size, size), False
     if kind == "timm":
         import timm
 

@@ -43,6 +43,11 @@ def heads(y: Tensor) -> Tensor:
     return y.view(-1, 4, 2, 64)
 
 
+def standardized(y: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(y, (2, 3), keepdim=True)
+    return (y - mean) * torch.rsqrt(variance + 1e-3)
+
+
 # All take and give maps of 8 channels and 8 x 8 pixels.
 FUNCTIONS: dict[str, Function] = {
     "expand as": lambda y: y * pixels(y).expand_as(y),
@@ -83,6 +88,20 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "softmax of rows": lambda y: y.softmax(2),
     "softmax of heads": lambda y: heads(y).softmax(1).view(y.shape),
+    "maximum, adaptive": lambda y: y * F.adaptive_max_pool1d(y.flatten(2), 1)[..., None],
+    "maximum, adaptive, two": lambda y: (
+        F.adaptive_max_pool1d(y.flatten(2), 8).repeat_interleave(8, 2).view(y.shape)
+    ),
+    "column behind": lambda y: (
+        y * (y.flatten(2) @ y.flatten(2).mean(1).softmax(-1)[..., None])[..., None]
+    ),
+    "nearest in a row": lambda y: F.interpolate(y.flatten(2)[:, :, :32], scale_factor=2).view(
+        y.shape
+    ),
+    "variance": lambda y: y * y.var((2, 3), keepdim=True),
+    "variance and mean": lambda y: standardized(y),
+    "minimum": lambda y: torch.minimum(y, y * -0.5),
+    "clip": lambda y: torch.clip(y, max=0.3),
     "cube": lambda y: y**3,
     "root": lambda y: y.relu() ** 0.5,
     "rrelu": nn.RReLU().eval(),
@@ -135,6 +154,10 @@ def test_substitutes_compute_what_the_model_computes(name: str) -> None:
         ("repeat interleave", "repeat interleave, flat"),
         ("maximum of channels", "maximum of channels, dropped", "maximum of pixels"),
         ("maximum of a sequence", "maximum of heads"),
+        ("maximum, adaptive", "maximum, adaptive, two"),
+        ("column behind",),
+        ("nearest in a row",),
+        ("variance", "variance and mean", "minimum", "clip"),
         ("matrix in front", "matrix in front, bmm", "vector behind"),
         ("matrices in front", "matrices behind"),
         ("cosine", "norm of heads", "mean of heads", "sum over heads"),

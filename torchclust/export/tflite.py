@@ -163,9 +163,11 @@ def to_tflite(
     if not float:
         check_layers(prepared)
     first, samples = _samples(calibration, prepared)
-    float_file = without_transposes(_convert(prepared))
-    if not float:
-        float_file = means_for_sums(convolutions_for_linears(float_file))
+    float_file = _convert(prepared)
+    if float:
+        float_file = without_transposes(float_file)
+    else:
+        float_file = convolutions_for_linears(without_transposes(means_for_sums(float_file)))
     content = bytearray(float_file)
     graph = read_graph(content)
     if not float:

@@ -102,6 +102,11 @@ def absolute(traced: Traced, node: fx.Node) -> Substitute:
     return lambda x, *_, **__: torch.maximum(x, x * -1.0)
 
 
+def minimum(traced: Traced, node: fx.Node) -> Substitute:
+    """The largest of the negatives: the quantizer knows no MINIMUM."""
+    return lambda x, y, **_: torch.maximum(x * -1.0, y * -1.0) * -1.0
+
+
 def reversed_difference(traced: Traced, node: fx.Node) -> Substitute | None:
     """``c - x`` as ``-1 * x + c``: the converter gets two of the former in a row wrong."""
     given = arguments(node)

@@ -150,7 +150,7 @@ def _of_mean(
     count, mean = math.prod(before[axis] for axis in axes), average(traced, source(node), axes)
 
     def reduced(x: Tensor, *_: object, **__: object) -> Tensor:
-        return outside(mean(inside(x)).reshape(size), float(count))
+        return outside(_shaped(mean(inside(x)), size), float(count))
 
     return reduced
 
@@ -181,20 +181,46 @@ def _is_over_last(traced: Traced, before: fx.Node | None, axes: list[int]) -> bo
 
 
 def deviation(traced: Traced, node: fx.Node) -> Substitute | None:
-    """The root of the mean squared distance from the mean."""
-    before, axes, size = shape(source(node)), _axes(node), shape(node)
-    given, mean = arguments(node), average(traced, source(node), axes)
-    count = math.prod(before[axis] for axis in axes)
+    """The root of the variance."""
+    spread = _spread(traced, node, shape(node))
+    return None if spread is None else lambda x, *_, **__: _root(spread(x)[0])
+
+
+def variance(traced: Traced, node: fx.Node) -> Substitute | None:
+    """The mean squared distance from the mean."""
+    spread = _spread(traced, node, shape(node))
+    return None if spread is None else lambda x, *_, **__: spread(x)[0]
+
+
+def variance_and_mean(traced: Traced, node: fx.Node) -> Substitute | None:
+    """Both, of the same mean."""
+    spread = _spread(traced, node, tuple(node.meta["val"][0].shape))
+    return None if spread is None else lambda x, *_, **__: spread(x)
+
+
+def _spread(
+    traced: Traced, node: fx.Node, size: tuple[int, ...]
+) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    """Variance and mean, in the shape of the operator's results."""
+    before, axes, given = shape(source(node)), _axes(node), arguments(node)
+    count, mean = math.prod(before[axis] for axis in axes), average(traced, source(node), axes)
     correction = given.get("correction", 1 if given.get("unbiased", True) else 0)
     divisor = count - float(1 if correction is None else correction)
     if divisor <= 0:
         return None
 
-    def deviation(x: Tensor, *_: object, **__: object) -> Tensor:
-        distance = x - mean(x)
-        return _root(mean(distance * distance).reshape(size) * (count / divisor))
+    def spread(x: Tensor) -> tuple[Tensor, Tensor]:
+        middle = mean(x)
+        distance = x - middle
+        variance = mean(distance * distance) * (count / divisor)
+        return _shaped(variance, size), _shaped(middle, size)
 
-    return deviation
+    return spread
+
+
+def _shaped(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Reshaped where it has to be: behind a reshaping a map is none to the converter."""
+    return x if tuple(x.shape) == size else x.reshape(size)
 
 
 def _axes(node: fx.Node | None) -> list[int]:

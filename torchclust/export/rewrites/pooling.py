@@ -107,6 +107,15 @@ def adaptive_max_pool(traced: Traced, node: fx.Node) -> Substitute | None:
     return lambda x, *_, **__: (F.max_pool2d(x, kernel), None)
 
 
+def adaptive_max_pool_in_a_row(traced: Traced, node: fx.Node) -> Substitute | None:
+    """Of a sequence, an ordinary pooling of a map of one row where sizes divide."""
+    before, after = shape(source(node)), tuple(node.meta["val"][0].shape)
+    if len(before) != 3 or before[2] % after[2]:
+        return None
+    kernel = (1, before[2] // after[2])
+    return lambda x, *_, **__: (F.max_pool2d(x.unsqueeze(2), kernel).reshape(after), None)
+
+
 def widened(x: Tensor, edges: Edges) -> Tensor:
     """Repeat the outermost rows and columns."""
     for axis, (begin, end) in zip((2, 3), edges, strict=True):

@@ -7,6 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from torchclust.export.rewrites.maps import average
 from torchclust.export.rewrites.nodes import Substitute, shape
 from torchclust.export.rewrites.traced import Traced
 
@@ -24,8 +25,7 @@ def product(traced: Traced, node: fx.Node) -> Substitute | None:
     if len(whole) < 2:
         return None
     if not traced.is_constant(left) or traced.is_constant(right):
-        is_vector = len(shape(right)) == 1
-        return (lambda a, x, **_: F.linear(a, x[None]).reshape(size)) if is_vector else None
+        return _with_vector(traced, left, shape(right), size)
 
     def product(a: Tensor, x: Tensor, **_: object) -> Tensor:
         turned = x[None] if x.ndim == 1 else x.transpose(-1, -2)
@@ -35,3 +35,16 @@ def product(traced: Traced, node: fx.Node) -> Substitute | None:
         return y.transpose(-1, -2).contiguous().reshape(size)
 
     return product
+
+
+def _with_vector(
+    traced: Traced, left: fx.Node, right: tuple[int, ...], size: tuple[int, ...]
+) -> Substitute | None:
+    """A vector, or columns as a mean of products: the converter fails on their reshaping."""
+    if len(right) == 1:
+        return lambda a, x, **_: F.linear(a, x[None]).reshape(size)
+    whole = shape(left)
+    if len(right) < 3 or right[-1] != 1 or right[:-2] != whole[:-2] or whole[-2] == 1:
+        return None
+    mean = average(traced, left, [len(whole) - 1])
+    return lambda a, x, **_: mean(a * x.transpose(-1, -2)) * float(whole[-1])

@@ -1,4 +1,4 @@
-"""Nearest resizing at ratios that the converter rounds otherwise than torch."""
+"""Nearest resizing where the converter rounds otherwise than torch, or gathers."""
 
 from __future__ import annotations
 
@@ -38,6 +38,15 @@ def nearest(traced: Traced, node: fx.Node) -> Substitute | None:
         return pick
     gathered = traced.constant(rows), traced.constant(columns)
     return lambda x, *_, **__: x.index_select(2, gathered[0]()).index_select(3, gathered[1]())
+
+
+def nearest_in_a_row(traced: Traced, node: fx.Node) -> Substitute | None:
+    """A sequence so many times as long: copies of each of its values beside it."""
+    before, after = shape(source(node)), shape(node)
+    count = after[-1] // before[-1]
+    if after[-1] != count * before[-1]:
+        return None
+    return lambda x, *_, **__: torch.cat([x.unsqueeze(-1)] * count, -1).reshape(after)
 
 
 def _picked(node: fx.Node, before: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ RULES = {
     "_assert_tensor_metadata": unchecked,
     "abs": activations.absolute,
     "adaptive_avg_pool2d": pooling.adaptive_avg_pool,
+    "adaptive_max_pool1d": pooling.adaptive_max_pool_in_a_row,
     "adaptive_max_pool2d": pooling.adaptive_max_pool,
     "amax": maxima.amax,
     "avg_pool2d": pooling.avg_pool,
@@ -41,6 +42,7 @@ RULES = {
     "broadcast_to": repeats.expand,
     "celu": activations.celu,
     "clamp": activations.clamp,
+    "clip": activations.clamp,
     "conv_transpose1d": transposed.conv_transpose,
     "conv_transpose2d": transposed.conv_transpose,
     "cosine_similarity": maps.cosine,
@@ -57,6 +59,7 @@ RULES = {
     "max": maxima.max_dim,
     "max_pool2d": pooling.max_pool,
     "mean": maps.mean,
+    "minimum": activations.minimum,
     "mish": activations.mish,
     "mm": products.product,
     "linalg_vector_norm": maps.norm,
@@ -75,7 +78,10 @@ RULES = {
     "std": maps.deviation,
     "sum": maps.total,
     "tile": repeats.repeat,
+    "upsample_nearest1d": resizing.nearest_in_a_row,
     "upsample_nearest2d": resizing.nearest,
+    "var": maps.variance,
+    "var_mean": maps.variance_and_mean,
 }
 # For int8 files: right to within a step, or for the sake of what compiles them.
 INT8_RULES = {
