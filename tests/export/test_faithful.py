@@ -107,6 +107,17 @@ def test_a_state_that_is_always_zero_gets_a_range(tmp_path: Path) -> None:
     assert 0.5 < result.inputs[1].scale * 127 < 2
 
 
+def test_a_bounded_activation_of_a_vanished_signal_is_none(tmp_path: Path) -> None:
+    """As an untrained MobileNetV2's: LiteRT refuses a step under which 6 is no 32-bit integer."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU6(), nn.Conv2d(8, 4, 1))
+    for tensor in model[0].parameters():
+        tensor.data.mul_(1e-9)
+    with pytest.warns(UserWarning, match="are zero for all calibration data"):
+        result = to_tflite(model, X, tmp_path / "a", calibration=[X])
+    assert result.sqnr_db is not None
+    assert result.sqnr_db > 30
+
+
 def test_an_operator_without_int8_form_is_named(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.LocalResponseNorm(5))
     with pytest.raises(ExportError, match=r"'1' becomes STABLEHLO_\w+, which has no int8 form"):

@@ -30,6 +30,7 @@ Ranges: TypeAlias = Literal["minmax", "percentile", "mse"]
 RANGES = ("minmax", "percentile", "mse")
 _BINS = 2048
 _LEAST_RANGE = 1e-9  # what the quantizer itself takes for none
+_LEAST_BOUNDED = 1e-6  # below it the end of a ReLU6 is more than 2^31 steps away
 _OUTLIERS = 1e-4  # "percentile" leaves out this share of the values, on each side
 _CLIPPINGS = 64  # how many clipping points "mse" tries on each side
 
@@ -115,9 +116,15 @@ def widen_dead(observed: Mapping[str, Range], graph: Graph) -> dict[str, Range]:
     """Ranges in which a tensor that was always zero has a usable one, [-1, 1].
 
     A recurrent state that starts at zero and a dead ReLU have none of their own; the quantizer
-    would give them a step of 4e-12, and every bias behind them would saturate.
+    would give them a step of 4e-12, and every bias behind them would saturate. Of what ends in a
+    ReLU6 no kernel takes a step of less than 6 / 2^31.
     """
-    dead = [name for name, range_ in observed.items() if max(map(abs, range_)) < _LEAST_RANGE]
+    bounded = {graph.tensors[i].name for op in graph.operators if op.bounded for i in op.outputs}
+    dead = [
+        name
+        for name, range_ in observed.items()
+        if max(map(abs, range_)) < (_LEAST_BOUNDED if name in bounded else _LEAST_RANGE)
+    ]
     if dead:
         inputs = [t.name for t in graph.inputs if t.name in dead]
         which = f"input {inputs[0]!r}" if inputs else repr(dead[0])

@@ -31,6 +31,7 @@ _BIAS_OPERAND = {"TRANSPOSE_CONV": 3}
 _INPUT_OPERAND = {"TRANSPOSE_CONV": 2}
 # The axis of output channels, where it is not the first.
 _CHANNEL_AXIS = {"DEPTHWISE_CONV_2D": 3, "CONV_3D": 4}
+_BOUNDED = ("RELU6", "RELU_N1_TO_1", "RELU_0_TO_1")
 _DTYPES = {
     "FLOAT32": np.float32,
     "FLOAT16": np.float16,
@@ -70,11 +71,15 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator; inputs and outputs index `Graph.tensors`, -1 an input left out."""
+    """One operator; inputs and outputs index `Graph.tensors`, -1 an input left out.
+
+    ``bounded``: it ends in ReLU6 or another function with an upper end.
+    """
 
     name: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    bounded: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +234,20 @@ def _operator(model: Any, operator: Any, first: int) -> Operator:
         name,
         tuple(i + first if i >= 0 else -1 for i in _ints(operator, "Inputs")),
         tuple(i + first for i in _ints(operator, "Outputs")),
+        name in _BOUNDED or _fused(operator) in _BOUNDED,
     )
+
+
+def _fused(operator: Any) -> str:
+    """The activation function inside an operator, ``""`` where it has no place for one."""
+    table, kind = operator.BuiltinOptions(), operator.BuiltinOptionsType()
+    if table is None or not kind:
+        return ""
+    options = getattr(backends.schema(), _names("BuiltinOptions")[kind])()
+    if not hasattr(options, "FusedActivationFunction"):
+        return ""
+    options.Init(table.Bytes, table.Pos)
+    return _names("ActivationFunctionType")[options.FusedActivationFunction()]
 
 
 def _ints(table: Any, field: str) -> tuple[int, ...]:
