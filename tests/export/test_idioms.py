@@ -53,6 +53,7 @@ FUNCTIONS: dict[str, Function] = {
     "expand as": lambda y: y * pixels(y).expand_as(y),
     "expand in front": lambda y: pixels(y).expand(-1, -1, 8, 8) + y,
     "expand, joined": lambda y: torch.cat([y[:, 4:], pixels(y[:, :4]).expand(-1, -1, 8, 8)], 1),
+    "expand, both": lambda y: y * (pixels(y).expand_as(y) + pixels(y.relu()).expand_as(y)),
     "broadcast": lambda y: torch.broadcast_to(y[:, :1], y.shape),
     "repeat": lambda y: y[:, :4].repeat(1, 2, 1, 1),
     "repeat, two axes": lambda y: y[:, :, :4, :4].repeat(1, 1, 2, 2),
@@ -79,6 +80,8 @@ FUNCTIONS: dict[str, Function] = {
     "instance norm": INSTANCES,
     "instance norm, tracked": TRACKED,
     "layer norm of maps": WHOLE,
+    "layer norm, no shift": trained(nn.LayerNorm([8, 8, 8], bias=False)),
+    "group norm, plain": lambda y: F.group_norm(y, 8),
     "rms norm": lambda y: F.rms_norm(y.permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2),
     "tokens, averaged": lambda y: (
         y * pixels(F.layer_norm(y.permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2))
@@ -187,6 +190,22 @@ def test_a_sum_that_the_converter_makes_does_not_saturate(tmp_path: Path) -> Non
     assert "SUM" not in result.operators
     assert result.sqnr_db is not None
     assert result.sqnr_db > 25  # 2 as LiteRT sums
+
+
+def test_integers_are_left_alone(tmp_path: Path) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.head = nn.Embedding(8, 16), nn.Linear(16, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.table(torch.minimum(ids.clamp(max=6), ids.repeat(1, 1))).amax(1))
+
+    ids = torch.randint(0, 8, (8, 5), generator=torch.Generator().manual_seed(0))
+    model = Tokens().eval()
+    prepared = prepare(model, ids[:1], last=True)
+    torch.testing.assert_close(prepared.module(ids[:1])[0], model(ids[:1]))
 
 
 def test_which_one_is_the_largest_may_be_asked() -> None:

@@ -119,6 +119,8 @@ def reversed_difference(traced: Traced, node: fx.Node) -> Substitute | None:
 def softmax(traced: Traced, node: fx.Node) -> Substitute | None:
     """Over another axis than a map's channels or the last one, with that axis last."""
     axis, rank = int(arguments(node)["dim"]), len(shape(node))
+    if rank < 2:
+        return None
     last = 1 if rank == 4 and is_channels_last(traced, source(node)) else rank - 1
     if axis % rank == last:
         return None

@@ -44,6 +44,13 @@ def computed(node: fx.Node, constants: Mapping[fx.Node, Tensor]) -> Tensor | Non
     return value if isinstance(value, Tensor) else None
 
 
+def is_integer(node: fx.Node) -> bool:
+    """Whether an operator gives integers, as indices are."""
+    value = node.meta.get("val")
+    value = value[0] if isinstance(value, (tuple, list)) and value else value
+    return isinstance(value, Tensor) and not value.is_floating_point()
+
+
 def writes(node: fx.Node) -> bool:
     """Whether an operator writes into an operand."""
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))

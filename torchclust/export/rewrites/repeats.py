@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torchclust.export.rewrites.nodes import Substitute, arguments, operator, shape, source
 from torchclust.export.rewrites.traced import Traced
 
+_EXPANSIONS = ("expand", "expand_as", "broadcast_to")
 _ELEMENTWISE = ("add", "sub", "mul", "div", "maximum", "minimum")
 
 
@@ -22,7 +23,7 @@ def expand(traced: Traced, node: fx.Node) -> Substitute | None:
     """Nothing, where each reader would broadcast anyhow; else copies."""
     before, after = shape(source(node)), shape(node)
     counts = _counts(before, after)
-    if math.prod(counts) == 1:
+    if math.prod(counts) < 2:
         return None
     if all(_broadcasts(user, node) for user in node.users):
         return lambda x, *_, **__: x.reshape((1,) * (len(after) - len(before)) + before)
@@ -34,14 +35,14 @@ def repeat(traced: Traced, node: fx.Node) -> Substitute | None:
     given = arguments(node)
     counts = [int(n) for n in given["repeats" if "repeats" in given else "dims"]]
     counts = [1] * (len(shape(node)) - len(counts)) + counts
-    return None if math.prod(counts) == 1 else lambda x, *_, **__: _copied(x, counts)
+    return None if math.prod(counts) < 2 else lambda x, *_, **__: _copied(x, counts)
 
 
 def repeat_interleave(traced: Traced, node: fx.Node) -> Substitute | None:
     """Copies of each slice beside it."""
     given, before, after = arguments(node), shape(source(node)), shape(node)
     count, axis = given["repeats"], given["dim"]
-    if not isinstance(count, int) or count == 1:
+    if not isinstance(count, int) or count < 2:
         return None
     whole = (math.prod(before),) if axis is None else before
     axis = 0 if axis is None else axis % len(before)
@@ -78,7 +79,9 @@ def _broadcasts(user: fx.Node, node: fx.Node) -> bool:
     if operator(user).rstrip("_") not in _ELEMENTWISE or len(user.args) < 2:
         return False
     others = [n for n in user.args[:2] if n is not node]
-    return len(others) == 1 and shape(others[0]) == shape(node)
+    if len(others) != 1 or operator(others[0]) in _EXPANSIONS:
+        return False
+    return shape(others[0]) == shape(node)
 
 
 def _copied(x: Tensor, counts: Sequence[int]) -> Tensor:

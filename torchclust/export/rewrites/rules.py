@@ -19,7 +19,7 @@ from torchclust.export.rewrites import (
 from torchclust.export.rewrites.affine import merge_affine
 from torchclust.export.rewrites.constants import fold_constants
 from torchclust.export.rewrites.flattened import permute_flattened
-from torchclust.export.rewrites.nodes import Substitute, operator
+from torchclust.export.rewrites.nodes import Substitute, is_integer, operator
 from torchclust.export.rewrites.norms import fold_batch_norm, keep_shared_values
 from torchclust.export.rewrites.traced import Traced
 
@@ -108,6 +108,7 @@ def rewrite(traced: Traced, *, float_file: bool) -> None:
     rules = RULES if float_file else {**RULES, **INT8_RULES}
     for node in traced.nodes:
         rule = rules.get(operator(node).rstrip("_"))
-        substitute = None if rule is None or node in traced.substitutes else rule(traced, node)
+        left_alone = rule is None or node in traced.substitutes or is_integer(node)
+        substitute = None if rule is None or left_alone else rule(traced, node)
         if substitute is not None:
             traced.substitutes[node] = substitute

@@ -16,16 +16,15 @@ from torchclust.export.rewrites.traced import Traced
 
 def group_norm(traced: Traced, node: fx.Node) -> Substitute | None:
     """Of a map: pixels first, then the channels of a group."""
-    given = arguments(node)
-    return _of_groups(traced, node, int(given["num_groups"]), float(given["eps"]))
+    return _of_groups(traced, node, int(arguments(node)["num_groups"]))
 
 
 def instance_norm(traced: Traced, node: fx.Node) -> Substitute | None:
     """Each channel by its own pixels; with running statistics it is a BatchNorm."""
     given = arguments(node)
-    eps = float(given["eps"])
     if given["use_input_stats"]:
-        return _of_groups(traced, node, shape(node)[1], eps)
+        return _of_groups(traced, node, shape(node)[1], first=0)
+    eps = float(given["eps"])
 
     def norm(x: Tensor, w: Tensor, b: Tensor, mean: Tensor, var: Tensor, *_: object) -> Tensor:
         return F.batch_norm(x, mean, var, w, b, False, 0.0, eps)
@@ -38,7 +37,7 @@ def layer_norm(traced: Traced, node: fx.Node) -> Substitute | None:
     given, whole = arguments(node), shape(node)
     if len(whole) != 4 or len(given["normalized_shape"]) != 3:
         return None
-    return _of_groups(traced, node, 1, float(given["eps"]), elementwise=True)
+    return _of_groups(traced, node, 1, shared=False)
 
 
 def rms_norm(traced: Traced, node: fx.Node) -> Substitute | None:
@@ -57,16 +56,16 @@ def rms_norm(traced: Traced, node: fx.Node) -> Substitute | None:
 
 
 def _of_groups(
-    traced: Traced, node: fx.Node, groups: int, eps: float, *, elementwise: bool = False
+    traced: Traced, node: fx.Node, groups: int, *, first: int = 1, shared: bool = True
 ) -> Substitute | None:
     """A map less the mean of each group of channels, by the root of its variance.
 
-    ``elementwise``: gains and shifts are as large as the map, not one per channel.
+    ``first``: where gain and shift stand behind the map; ``shared``: by all pixels of a channel.
     """
     whole = shape(node)
     if len(whole) != 4:
         return None
-    channels = whole[1]
+    channels, eps = whole[1], float(arguments(node)["eps"])
     size = channels // groups
     outputs = 1 if groups == 1 else channels
     weight = traced.constant(torch.full((outputs, size, 1, 1), 1 / size))
@@ -75,14 +74,14 @@ def _of_groups(
         pixels = x.mean((2, 3), keepdim=True)
         return pixels if size == 1 else F.conv2d(pixels, weight(), groups=groups)
 
+    gains = [1, channels, 1, 1] if shared else whole[1:]
+
     def norm(x: Tensor, *given: object, **__: object) -> Tensor:
         distance = x - mean(x)
         y = distance * torch.rsqrt(mean(distance * distance) + eps)
-        gain, shift = [
-            g if elementwise else g.reshape(1, channels, 1, 1)
-            for g in given
-            if isinstance(g, Tensor)
-        ] or (None, None)
-        return y if gain is None or shift is None else y * gain + shift
+        gain, shift = (*given, None, None)[first : first + 2]
+        if isinstance(gain, Tensor):
+            y = y * gain.reshape(gains)
+        return y + shift.reshape(gains) if isinstance(shift, Tensor) else y
 
     return norm
