@@ -166,8 +166,8 @@ SQNR is measured on them against the float model. Clustered: sixteen clusters pe
 codebooks, fitted without training. tflite-micro: the largest difference of any operator's output
 from LiteRT's reference kernels, in codes; empty where it has no kernel for some operator. Seconds
 of processor time of `to_tflite`, clustered (none where only the clock of a busy machine was read);
-a network gets fifteen minutes of it and 14 GiB for all that is measured (6 where it says so). Weights: Vela's encoded
-ones for U55-128, clustered over plain. CPU: operators left to it.
+a network gets fifteen minutes of it and 14 GiB for all that is measured (6 where it says so).
+Weights: Vela's encoded ones for U55-128, clustered over plain. CPU: operators left to it.
 
 | network | parameters | SQNR plain, clustered | codes | CPU on U55-128 | CPU on U85-256 | \
 weights | tflite-micro | seconds | peak MiB |

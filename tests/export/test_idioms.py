@@ -53,14 +53,17 @@ FUNCTIONS: dict[str, Function] = {
     "expand as": lambda y: y * pixels(y).expand_as(y),
     "expand in front": lambda y: pixels(y).expand(-1, -1, 8, 8) + y,
     "expand, joined": lambda y: torch.cat([y[:, 4:], pixels(y[:, :4]).expand(-1, -1, 8, 8)], 1),
-    "expand, both": lambda y: y * (pixels(y).expand_as(y) + pixels(y.relu()).expand_as(y)),
+    "expand, both": lambda y: pixels(y).expand_as(y) + pixels(y.relu()).expand_as(y),
     "broadcast": lambda y: torch.broadcast_to(y[:, :1], y.shape),
     "repeat": lambda y: y[:, :4].repeat(1, 2, 1, 1),
     "repeat, two axes": lambda y: y[:, :, :4, :4].repeat(1, 1, 2, 2),
     "repeat interleave": lambda y: y[:, :4].repeat_interleave(2, 1),
     "repeat interleave, flat": lambda y: y[:, :4].repeat_interleave(2).view(y.shape),
     "tile": lambda y: torch.tile(y[..., :4], (2,)),
-    "circular": lambda y: F.pad(y, (1, 2, 0, 1), mode="circular")[:, :, 1:, 2:9],
+    "circular": lambda y: (
+        F.pad(y, (1, 2, 1, 0), mode="circular")[:, :, :8, :8]
+        + F.pad(y, (0, 2, 0, 1), mode="circular")[:, :, 1:, 2:]
+    ),
     "maximum of channels": lambda y: y - y.max(1, keepdim=True)[0],
     "maximum of channels, dropped": lambda y: y - y.max(1)[0][:, None],
     "maximum of pixels": lambda y: y * y.flatten(2).max(-1)[0][..., None, None],
