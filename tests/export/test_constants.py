@@ -98,7 +98,7 @@ class Projected(nn.Module):
         self.net = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 8))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.net(torch.ones(4, 2)).mean(0)[:, None, None]
+        return x.relu() + self.net(torch.ones(4, 2)).mean(0)[:, None, None]
 
 
 class Heads(nn.Module):
