@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -78,13 +79,49 @@ def quantize(
     return without_sandwiches(with_integer_ends(inlined, observed, input_dtype))
 
 
+def within_range(
+    graph: Graph, placed: Sequence[Placed[Weight]], observed: Mapping[str, Range]
+) -> list[Placed[Weight]]:
+    """Clustered weights whose scales keep bias and rescaling inside 32 bits.
+
+    A channel that gets a larger scale for that gets the smaller ones of its codes with it, as an
+    unclustered one does: what is left of its weights is below a step.
+    """
+    return [
+        dataclasses.replace(p, matched=_raised(p.matched, _least_scales(graph, p.weight, observed)))
+        if p.weight.operator.name != "EMBEDDING_LOOKUP"
+        else p
+        for p in placed
+    ]
+
+
+def _raised(matched: Matched, least: Array) -> Matched:
+    scales, least = matched.scales, np.broadcast_to(least, matched.scales.shape)
+    rows = np.flatnonzero(least > scales)
+    if not len(rows):
+        return matched
+    codes = matched.codes.copy()
+    for row in rows:
+        shared = np.unique(matched.codes[matched.groups == matched.groups[row]])
+        target = matched.codes[row].astype(np.float64) * (scales[row] / least[row])
+        codes[row] = shared[np.abs(shared[:, None] - target).argmin(0)]
+    return dataclasses.replace(matched, codes=codes, scales=np.maximum(scales, least))
+
+
+def _least_scales(graph: Graph, weight: Weight, observed: Mapping[str, Range]) -> Array:
+    least = np.zeros(1)
+    for operator in graph.users(weight.tensor):
+        least = np.maximum(least, _least_scale(graph, operator, observed))
+    return least
+
+
 def _set_weights(
     graph: Graph, placed: Sequence[Placed[Weight]], observed: Mapping[str, Range]
 ) -> dict[int, Array]:
     """Choose every weight's scales and write clustered weights as exact multiples of them.
 
     Returns ``{tensor index: (channels,) float32}``. A channel that BatchNorm shrank to next to
-    nothing gets a scale under which its bias still fits into 32 bits; its codes stay.
+    nothing gets a scale under which its bias still fits into 32 bits.
     """
     clustered = {p.weight.tensor.index: p.matched for p in placed}
     scales = {}
@@ -95,9 +132,7 @@ def _set_weights(
         scale = np.abs(weight.matrix).max(axis=1) / LARGEST if matched is None else matched.scales
         if weight.operator.name == "EMBEDDING_LOOKUP":
             scale = _table_scale(weight, matched, scale)
-        for operator in graph.users(weight.tensor):
-            scale = np.maximum(scale, _least_scale(graph, operator, observed))
-        scale = scale.astype(np.float32)
+        scale = np.maximum(scale, _least_scales(graph, weight, observed)).astype(np.float32)
         scales[weight.tensor.index] = scale
         if matched is not None:
             weight.write(scale[:, None] * matched.codes)

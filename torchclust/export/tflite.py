@@ -34,7 +34,7 @@ from torchclust.export.micro_agreement import MicroAgreement, compare_micro
 from torchclust.export.names import with_names
 from torchclust.export.noise import warn_if_noisy
 from torchclust.export.pointwise import convolutions_for_linears
-from torchclust.export.quantize import quantize
+from torchclust.export.quantize import quantize, within_range
 from torchclust.export.runner import Runner
 from torchclust.export.sums import means_for_sums
 from torchclust.export.transposes import without_transposes
@@ -188,6 +188,7 @@ def to_tflite(
             observed |= learned.ranges
         observed = calibrating.limit_roots(calibrating.widen_dead(observed, graph), graph)
         observed |= _pixel_ranges(prepared, graph)
+        placed = within_range(graph, placed, observed)
         content = bytearray(quantize(content, graph, placed, observed, input_dtype))
         graphs = graph, read_graph(content)
         rows, graph = check_codes(graphs[1], placed), graphs[1]
