@@ -102,14 +102,17 @@ def survives(content: bytes, graph: Graph, arena: int) -> bool:
     """
     if {operator.name for operator in graph.operators} <= set(_COMMON_OPERATORS.split()):
         return True
-    command = [sys.executable, "-c", _RUN, str(arena)]
-    return subprocess.run(command, input=content, capture_output=True).returncode >= 0
+    return _status(_RUN, content, arena) >= 0
 
 
 def _fits(content: bytes, arena: int) -> bool:
     """Whether it prepares, in a process of its own: kernels may write past too small an arena."""
-    command = [sys.executable, "-c", _TRIAL, str(arena)]
-    return subprocess.run(command, input=content, capture_output=True).returncode == 0
+    return _status(_TRIAL, content, arena) == 0
+
+
+def _status(script: str, content: bytes, arena: int) -> int:
+    command = [sys.executable, "-c", script, str(arena)]
+    return subprocess.run(command, input=content, capture_output=True).returncode
 
 
 def check_runs_on_micro(content: bytes, name: str) -> tuple[Port, ...]:

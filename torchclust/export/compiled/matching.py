@@ -55,37 +55,17 @@ def match(
     starts = [set(layer.starts) for layer in layers]
     for operation in operations:
         decoded = decode(operation, constants, device)
-        candidates = list(_candidates(operation, layers, covered, starts))
+        parts = _parts(operation, layers, starts)
+        candidates = sorted(parts, key=lambda part: _is_covered(part, covered))  # the unread first
         found = _compare(candidates, layers, decoded, constants, device)
         while found is not None:
             covered[found.layer][found.positions] = True
             starts[found.layer].add(found.start + operation.layout.shape[0])
             yield Match(found.layer, found.positions[found.positions != ZERO], decoded)
             # Equal layers, or groups of one, share a stream, and their operations are the same.
-            unread = _unread(operation, layers, covered, starts)
-            found = next((c for c in unread if _reads(c, layers, decoded, constants, device)), None)
-
-
-def _candidates(
-    operation: Operation,
-    layers: Sequence[Layer],
-    covered: Sequence[Array],
-    starts: Sequence[set[int]],
-) -> Iterator[_Candidate]:
-    """Parts of layers that have the operation's shape, first those that no operation read yet."""
-    parts = list(_parts(operation, layers, starts))
-    unread = [part for part in parts if not _is_covered(part, covered)]
-    yield from unread
-    yield from (part for part in parts if part not in unread)
-
-
-def _unread(
-    operation: Operation,
-    layers: Sequence[Layer],
-    covered: Sequence[Array],
-    starts: Sequence[set[int]],
-) -> Iterator[_Candidate]:
-    return (p for p in _parts(operation, layers, starts) if not _is_covered(p, covered))
+            parts = _parts(operation, layers, starts)
+            unread = (part for part in parts if not _is_covered(part, covered))
+            found = next((p for p in unread if _reads(p, layers, decoded, constants, device)), None)
 
 
 def _is_covered(part: _Candidate, covered: Sequence[Array]) -> bool:
@@ -95,9 +75,9 @@ def _is_covered(part: _Candidate, covered: Sequence[Array]) -> bool:
 def _parts(
     operation: Operation, layers: Sequence[Layer], starts: Sequence[set[int]]
 ) -> Iterator[_Candidate]:
-    """A part is a group of channels, or begins where another one ended.
+    """Parts of layers that have the operation's shape: groups of channels, or what is left of one.
 
-    The compiler may cut a layer by its output channels.
+    The compiler may cut a layer by its output channels; a part begins where another one ended.
     """
     outputs, height, width, inputs = operation.layout.shape
     for number, layer in enumerate(layers):

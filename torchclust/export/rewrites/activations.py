@@ -15,16 +15,18 @@ _LOGARITHM = (1.0178, 0.3126, 0.8448)  # of t, t^2 and t^3, for -log(1 - t), t u
 def leaky_relu(traced: Traced, node: fx.Node) -> Substitute | None:
     """The larger of ``x`` and ``slope * x``."""
     slope = float(arguments(node)["negative_slope"])
-    if slope > 1:
-        return None
+    return None if slope > 1 else _leaky(slope)
+
+
+def _leaky(slope: float) -> Substitute:
     return lambda x, *_, **__: torch.maximum(x, x * slope)
 
 
-def rrelu(traced: Traced, node: fx.Node) -> Substitute:
+def rrelu(traced: Traced, node: fx.Node) -> Substitute | None:
     """A leaky ReLU whose slope is the middle of those that training draws."""
     given = arguments(node)
     slope = (float(given["lower"]) + float(given["upper"])) / 2
-    return lambda x, *_, **__: torch.maximum(x, x * slope)
+    return None if slope > 1 else _leaky(slope)
 
 
 def prelu(traced: Traced, node: fx.Node) -> Substitute | None:
@@ -33,8 +35,7 @@ def prelu(traced: Traced, node: fx.Node) -> Substitute | None:
     if slopes is None or bool((slopes > 1).any()):
         return None
     if slopes.numel() == 1:
-        slope = float(slopes)
-        return lambda x, *_, **__: torch.maximum(x, x * slope)
+        return _leaky(float(slopes))
     if len(shape(node)) != 4:
         return None
     scaled = depthwise(traced, slopes, torch.zeros_like(slopes))
