@@ -35,6 +35,13 @@ class Editing:
             operator.builtinOptions = options
         self.operators.append(operator)
 
+    def add_reshape(self, source: int, target: int) -> None:
+        """Append the operator that gives a tensor's values the shape of another one."""
+        shape, options = self.shape(target), self.schema.ReshapeOptionsT()
+        options.newShape = shape
+        constant = self.constant(np.array(shape, np.int32), f"{self.name(target)};shape")
+        self.add("RESHAPE", [source, constant], target, options)
+
     def become_convolution(self, operator: Any) -> None:
         """Make a depthwise convolution's operator an ordinary one's, with the same options."""
         given, options = operator.builtinOptions, self.schema.Conv2DOptionsT()

@@ -91,14 +91,14 @@ class _Rewriting(Editing):
         if not bias or bias[0] < 0:  # a convolution's kernel demands one
             bias = [self.constant(np.zeros(outputs, np.float32), f"{self.name(weight)};bias")]
         self.add("CONV_2D", [before, weight, *bias], after, options)
-        self._add_reshape(after, target)
+        self.add_reshape(after, target)
 
     def _as_map(self, source: int, shape: list[int]) -> int:
         """The tensor reshaped; itself where it has this shape."""
         if [int(n) for n in self.tensor(source).shape] == shape:
             return source
         target = self.like(source, shape)
-        self._add_reshape(source, target)
+        self.add_reshape(source, target)
         return target
 
     def _before_reshapes(self, tensor: int) -> int:
@@ -116,10 +116,3 @@ class _Rewriting(Editing):
                 kept.append(operator)
                 read.update(int(i) for i in operator.inputs)
         self.operators = kept[::-1]
-
-    def _add_reshape(self, source: int, target: int) -> None:
-        shape = np.asarray(self.tensor(target).shape, np.int32)
-        options = self.schema.ReshapeOptionsT()
-        options.newShape = shape.tolist()
-        constant = self.constant(shape, f"{self.name(target)};shape")
-        self.add("RESHAPE", [source, constant], target, options)

@@ -51,7 +51,9 @@ class _Averaging(Editing):
         axes = sorted(axis % len(whole) for axis in axes)
         count = math.prod(whole[axis] for axis in axes)
         if len(whole) == 4 and axes == [3]:  # no Ethos-U averages the channels of a map
-            source, axes = self._reshaped(source, [1, math.prod(whole[:3]), whole[3]]), [2]
+            rows = self.like(source, [1, math.prod(whole[:3]), whole[3]])
+            self.add_reshape(source, rows)
+            source, axes = rows, [2]
         options = self.schema.ReducerOptionsT()
         options.keepDims = True
         kept = [1 if axis in axes else n for axis, n in enumerate(self.shape(source))]
@@ -60,15 +62,4 @@ class _Averaging(Editing):
         factor = self.constant(np.array([count], np.float32), name)
         product = self.like(output, kept)
         self.add("MUL", [mean, factor], product, self.schema.MulOptionsT())
-        self._reshape(product, self.shape(output), output)
-
-    def _reshaped(self, source: int, shape: list[int]) -> int:
-        output = self.like(source, shape)
-        self._reshape(source, shape, output)
-        return output
-
-    def _reshape(self, source: int, shape: list[int], output: int) -> None:
-        options = self.schema.ReshapeOptionsT()
-        options.newShape = shape
-        target = self.constant(np.array(shape, np.int32), self.name(output))
-        self.add("RESHAPE", [source, target], output, options)
+        self.add_reshape(product, output)
