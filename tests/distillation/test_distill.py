@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torchclust
 from torchclust.data_aware.batches import Call
 from torchclust.data_aware.blocks import find_blocks
 from torchclust.distillation import steps
+from torchclust.distillation.price import Price
 from torchclust.recipes import kept, prepare, stages
 from torchclust.recipes.load import parse_recipe
 from torchclust.zoo.networks import Residual
@@ -54,12 +56,14 @@ def gap(model: nn.Module, teacher: nn.Module) -> float:
         return float((model.eval()(inputs()) - wanted).square().mean() / wanted.var())
 
 
+RATE = 0.1
 CASES = {
     "int8 nearest": {"codebook_dtype": "int8", "assignment": "nearest"},
     "int8 fixed": {"codebook_dtype": "int8"},
     "float nearest": {"assignment": "nearest"},
     "float fixed": {},
     "sparse": {"preserve_sparsity": True, "assignment": "nearest"},
+    "priced": {"rate": 1e-3, "assignment": "nearest"},
 }
 
 
@@ -102,10 +106,23 @@ class Killed(Exception):
     """Stands for a kill at some step."""
 
 
-@pytest.mark.parametrize("assignment", ["fixed", "nearest"])
-@pytest.mark.parametrize("kill", [1, 4, 7, 13, 16, 19])
+WAYS: dict[str, dict[str, Any]] = {
+    "fixed": {},
+    "nearest": {"assignment": "nearest"},
+    "priced": {"assignment": "nearest", "rate": 0.01},
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "kill"),
+    [
+        *itertools.product(["fixed", "nearest"], [1, 4, 7, 13, 16, 19]),
+        ("priced", 7),
+        ("priced", 16),
+    ],
+)
 def test_an_interrupted_call_goes_on(
-    kill: int, assignment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kill: int, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed at a step of any stage, then called again in a new model: bit-equal to one call."""
     monkeypatch.setattr(steps, "_SAVED_EVERY", 2)
@@ -114,8 +131,7 @@ def test_an_interrupted_call_goes_on(
     def fresh() -> tuple[nn.Module, nn.Module]:
         model = network()
         teacher = copy.deepcopy(model)
-        options: dict[str, Any] = {"codebook_dtype": "int8", "assignment": assignment}
-        return torchclust.cluster_(model, 7, **options), teacher
+        return torchclust.cluster_(model, 7, codebook_dtype="int8", **WAYS[way]), teacher
 
     straight = torchclust.distill_(*fresh(), inputs(), steps=6)
     count = 0
@@ -138,6 +154,57 @@ def test_an_interrupted_call_goes_on(
     assert not file.exists()
     state = resumed.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in straight.state_dict().items())
+
+
+def bits(model: nn.Module) -> float:
+    """Bits that the entropies of all indices come to, per weight."""
+    spent, weights = 0.0, 0
+    for _, clustering in torchclust.named_clusterings(model):
+        counts = clustering.indices.flatten().int().bincount().double()
+        spent -= float((counts * (counts / counts.sum()).clamp_min(1e-9).log2()).sum())
+        weights += clustering.indices.numel()
+    return spent / weights
+
+
+def test_weights_pay_for_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Error and bits at their price end lower than without the price's gradient, and fell."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(256, 48, generator=generator)
+
+    def objective(model: nn.Module, teacher: nn.Module) -> float:
+        with torch.no_grad():
+            wanted = teacher(x)
+            error = float((model(x) - wanted).square().mean() / wanted.var())
+        return error + RATE * bits(model)
+
+    def distilled() -> tuple[float, float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 16))
+        teacher = copy.deepcopy(model)
+        options: dict[str, Any] = {"codebook_dtype": "int8", "assignment": "nearest"}
+        torchclust.cluster_(model, 15, rate=RATE, **options)
+        start = objective(model, teacher)
+        torchclust.distill_(model, teacher, x, steps=100, lr=0.02)
+        return start, objective(model, teacher)
+
+    start, end = distilled()
+    monkeypatch.setattr(Price, "charge_", lambda self: None)
+    _, end_unpriced = distilled()
+    assert end < end_unpriced - 0.005
+    assert end < start
+
+
+def test_a_stage_in_vain_leaves_the_price_as_it_was() -> None:
+    """At a rate of learning that only does harm every stage is undone, the counts too."""
+    model = network()
+    teacher = copy.deepcopy(model)
+    torchclust.cluster_(model, 15, assignment="nearest", rate=1e-3)
+    before = copy.deepcopy(model.state_dict())
+    torchclust.distill_(model, teacher, inputs(), steps=3, lr=1e3)
+    after = model.state_dict()
+    priced = [key for key in before if "parametrizations" in key]
+    assert any(key.endswith("members") for key in priced)
+    assert all(torch.equal(before[key], after[key]) for key in priced)
 
 
 def test_a_checkpoint_of_another_call_is_refused(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def distill_(
     No label is read. Everything that trains is trained: codebooks and scales, the weights behind
     ``"nearest"`` lookups (``"fixed"`` assignments stay, so ``"nearest"`` recovers more), biases,
     norms, and what is not clustered. Activations that `torchclust.activations` rounds are rounded
-    in the end-to-end pass.
+    in the end-to-end pass. Weights that are assigned anew at a ``rate`` pay for their bits.
 
     Args:
         model: clustered, best with ``cluster_(model, ..., inputs=batches)``.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchclust.distillation.price import Price
 from torchclust.distillation.tasks import Task
 from torchclust.model.restore import restore_
 
@@ -28,12 +29,14 @@ def train(
     stage: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Adam with a cosine; a stage that does not lower its error over all batches is undone.
+    """Adam with a cosine; a stage is undone that does not lower the error and the price of bits.
 
     Picks up where the state says, and keeps it up to date.
     """
     steps, lr, seed = state.steps, state.lr, state.seed + stage
     trained = [p for p in dict.fromkeys(parameters) if p.requires_grad and p.is_floating_point()]
+    price = Price.of(state.model, trained)
+    changing = [*trained, *price.state]
     generator = torch.Generator().manual_seed(seed)
     order = [
         int(i)
@@ -43,7 +46,8 @@ def train(
     optimizer = torch.optim.Adam([{"params": [p]} for p in trained])
     first = state.begin(stage, optimizer)
     if first == 0:
-        state.before, state.start = task.error(), [p.detach().clone() for p in trained]
+        state.before = task.error() + price.due()
+        state.start = [tensor.detach().clone() for tensor in changing]
         state.rates = [lr * max(_rms(p), _LEAST_RMS) for p in trained]
     advance(first)
     for step in range(first, steps):
@@ -53,14 +57,15 @@ def train(
         optimizer.zero_grad()
         with torch.enable_grad():
             task.loss(order[step]).backward()
+        price.charge_()
         optimizer.step()
         advance(1)
         if (step + 1) % _SAVED_EVERY == 0 and step + 1 < steps:
             state.save(stage, step + 1, optimizer)
-    if not task.error() < state.before:
+    if not task.error() + price.due() < state.before:
         with torch.no_grad():
-            for parameter, value in zip(trained, state.start, strict=True):
-                parameter.copy_(value)
+            for tensor, value in zip(changing, state.start, strict=True):
+                tensor.copy_(value)
     state.finish(stage)
 
 

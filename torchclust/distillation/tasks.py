@@ -30,7 +30,8 @@ class Task:
     def error(self) -> float:
         """The mean loss."""
         with torch.no_grad():
-            return math.fsum(float(self.loss(i)) for i in range(len(self.targets)))
+            count = len(self.targets)
+            return math.fsum(float(self.loss(i)) for i in range(count)) / count
 
 
 def enter(block: Block, *sides: Side) -> None:

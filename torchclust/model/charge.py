@@ -12,6 +12,7 @@ price must begin at nothing: charged in full at once it kills weights before the
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -57,19 +58,44 @@ def charge_(
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be between 0 and 1, got {share}: it is of the whole price")
-    priced = dict(_priced(model))
-    total = sum(latent.numel() for latent in priced.values())
-    chosen = None if parameters is None else {id(parameter) for parameter in parameters}
-    for weight, latent in priced.items():
-        if latent.grad is not None and (chosen is None or id(latent) in chosen):
-            price = _LOSS_PER_VARIANCE * weight.config.rate / total
-            weight.charge_(latent, share, price)
+    for priced in priced_weights(model, parameters):
+        if priced.latent.grad is not None:
+            price = _LOSS_PER_VARIANCE * priced.price
+            priced.weight.charge_(priced.latent, share, price)
     return model
 
 
 def is_priced(model: nn.Module) -> bool:
     """Whether `charge_` does anything for the model."""
     return next(_priced(model), None) is not None
+
+
+class PricedWeight(NamedTuple):
+    """A weight that pays for its bits.
+
+    Attributes:
+        weight: assigns it anew.
+        latent: what trains.
+        price: of a bit, such that a bit in every priced weight of the model costs the `rate`.
+    """
+
+    weight: ClusteredWeight
+    latent: Tensor
+    price: float
+
+
+def priced_weights(
+    model: nn.Module, parameters: Collection[Tensor] | None = None
+) -> list[PricedWeight]:
+    """Return those whose latent weights are among the parameters; all of them for None."""
+    priced = dict(_priced(model))
+    total = sum(latent.numel() for latent in priced.values())
+    chosen = None if parameters is None else {id(parameter) for parameter in parameters}
+    return [
+        PricedWeight(weight, latent, weight.config.rate / total)
+        for weight, latent in priced.items()
+        if chosen is None or id(latent) in chosen
+    ]
 
 
 def _priced(model: nn.Module) -> Iterator[tuple[ClusteredWeight, Tensor]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CHARGED = ("members", "price_share")  # the buffers that charging changes
 RECENT = 0.1  # the share of the present counts in the running ones
 
 

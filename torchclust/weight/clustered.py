@@ -185,6 +185,13 @@ class ClusteredWeight(Stored):
         members = self._tensor("members")
         members.lerp_(counts.to(members.dtype), RECENT)
 
+    @torch.no_grad()
+    def spent_bits(self, latent: Tensor) -> float:
+        """What all indices cost at present, by the running counts."""
+        codebook = self._codebook(self.trained(latent))
+        indices = self._indices(latent, codebook)
+        return float((self._counts(indices, self._places(codebook)) * self.bits()).double().sum())
+
     def bits(self) -> Tensor:
         """What an index costs, in the shape of the places."""
         raise NotImplementedError
