@@ -24,13 +24,14 @@ from torchclust.recipes.load import load_recipe, parse_recipe
 from torchclust.recipes.loaders import of_loaders
 from torchclust.recipes.metric import Metric
 from torchclust.recipes.prepare import prepare
+from torchclust.recipes.pruning import GradualPruning, SparseDropout, prunable
 from torchclust.recipes.report import gains, markdown
 from torchclust.recipes.run import run_recipe
 from torchclust.recipes.schema import RecipeError
 from torchclust.recipes.stages import train_networks
 from torchclust.recipes.sweep import _plot, front, plan, run_sweep
 from torchclust.recipes.sweep import markdown as markdown_of_sweep
-from torchclust.recipes.training import GradualPruning, fit, prunable
+from torchclust.recipes.training import fit
 
 PERCENT = Metric("accuracy", "max", "%")
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -183,6 +184,55 @@ def test_pruning_rises_to_its_share_and_leaves_plain_parameters() -> None:
     assert shares[0] < 0.2
     assert shares[30] == shares[-1] == pytest.approx(0.75, abs=0.01)
     assert (model[0].weight != 0).all()  # depthwise
+
+
+def test_dropout_falls_with_the_share_of_weights_left() -> None:
+    """Han et al. (2015), equation 2; afterwards the rates are as they were."""
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(64, 60), torch.nn.Dropout(0.4), torch.nn.Linear(60, 10)
+    )
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *rest) -> None:
+            zeros = sum(int((m.weight == 0).sum()) for m in (model[1], model[3]))
+            left = 1 - zeros / (60 * 64 + 60 * 10)
+            rates.append((model[2].p, 0.4 * left**0.5))
+
+    images = TensorDataset(torch.randn(160, 1, 8, 8), torch.arange(160) % 10)
+    trained(model, DataLoader(images, batch_size=4), [GradualPruning(0.75), Watch()])
+    found, expected = zip(*rates, strict=True)
+    assert found == pytest.approx(expected, abs=1e-3)
+    assert found[-1] == pytest.approx(0.2)
+    assert model[2].p == 0.4
+    trained(model, DataLoader(images, batch_size=4), [SparseDropout(0.91), Watch()])
+    assert rates[-1][0] == pytest.approx(0.12)
+    assert model[2].p == 0.4
+
+
+def test_the_sparse_network_drops_out_less_and_the_control_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = {**SMALL, "model": "seed_cnn", "prune": {"sparsity": 0.84, "epochs": 1}}
+    fine = {"n_clusters": 8, "preserve_sparsity": True, "assignment": "nearest"}
+    recipe = parse_recipe({**content, "cluster": fine})
+    seen: list[list[float]] = []
+    fit_as_it_is = stages.fit
+
+    def watching(module: pl.LightningModule, *rest, **options) -> pl.LightningModule:
+        rates: set[float] = set()
+        dropout = next(m for m in module.modules() if isinstance(m, torch.nn.Dropout))
+        hook = dropout.register_forward_pre_hook(lambda m, _: rates.add(round(m.p, 4)))
+        fit_as_it_is(module, *rest, **options)
+        hook.remove()
+        seen.append(sorted(rates))
+        return module
+
+    monkeypatch.setattr(stages, "fit", watching)
+    train_networks(prepare(recipe), Stages(tmp_path, progress=False))
+    assert [0.1] in seen, "fine-tuned"
+    assert [0.25] in seen, "the control"
+    assert any(len(rates) > 1 and rates[0] == 0.1 for rates in seen), "while pruning"
 
 
 def test_pruned_zeros_are_all_of_one_kind(tmp_path: Path) -> None:

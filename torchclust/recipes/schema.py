@@ -40,7 +40,10 @@ class TrainSection(Section):
 
 
 class PruneSection(Section):
-    """Magnitude pruning, ever more of it over `epochs`; the control trains as long and alike."""
+    """Magnitude pruning, ever more of it over `epochs`; the control trains as long and alike.
+
+    Dropout falls along, by the root of the share of weights that are left (Han et al., 2015).
+    """
 
     sparsity: float = Field(gt=0, lt=1, description="share of all weights set to zero")
     epochs: int = Field(1, ge=1, description="passes over the training set while pruning")

@@ -31,9 +31,10 @@ from torchclust.recipes.chip import codebooks_of, measure_of, sizes_in_file
 from torchclust.recipes.classifier import Classifier
 from torchclust.recipes.kept import Result, Stages, origin
 from torchclust.recipes.prepare import Prepared, cluster_network_
+from torchclust.recipes.pruning import GradualPruning, SparseDropout
 from torchclust.recipes.schema import ClusterSection, FinetuneSection, PruneSection, Schedule
 from torchclust.recipes.task import Task, as_batches
-from torchclust.recipes.training import GradualPruning, LowerRates, fit
+from torchclust.recipes.training import LowerRates, fit
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
@@ -243,7 +244,9 @@ class Training:
             quantize_activations=section.quantize_activations,
         )
         phase = Phase(section.epochs, schedule=section.schedule)
-        return self._fit(clustered, [phase], [callback])
+        pruned = self.recipe.prune
+        sparse = [SparseDropout(pruned.sparsity, self.task.exports)] if pruned else []
+        return self._fit(clustered, [phase], [callback, *sparse])
 
     def _distilled(self, clustered: LightningModule, teacher: LightningModule) -> LightningModule:
         section, inputs = self.recipe.finetune, self._inputs(clustered)

@@ -1,0 +1,119 @@
+"""Pruning for recipes: ever more of the smallest weights, with dropout that falls along."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from torchclust.lightning.trees import Callback
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+class SparseDropout(Callback):
+    """While training, drop out less of a network that has lost connections.
+
+    Pruning takes capacity as dropout does, for good. So the rates are those of the dense network
+    times the root of the share of weights that are left (Han et al., "Learning both weights and
+    connections for efficient neural networks", 2015, equation 2). Afterwards they are as they were.
+
+    Args:
+        sparsity: share of the weights that are zero.
+        path: of the network in the module.
+    """
+
+    def __init__(self, sparsity: float = 0.0, path: str = "") -> None:
+        self.sparsity, self.path = sparsity, path
+        self._dense: list[tuple[Any, float]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lower the rates to what the sparsity asks for."""
+        modules = pl_module.get_submodule(self.path).modules()
+        self._dense = [(m, m.p) for m in modules if isinstance(m, _DROPOUTS)]
+        self.lower(self.sparsity)
+
+    def lower(self, sparsity: float) -> None:
+        """Set the rates for another sparsity, in between."""
+        for dropout, p in self._dense:
+            dropout.p = p * math.sqrt(1 - sparsity)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the rates back."""
+        self.lower(0.0)
+
+
+class GradualPruning(Callback):
+    """Set the smallest weights to zero, more and more of them while the others train on.
+
+    Magnitudes are compared over all Linear and convolution weights together (depthwise ones left
+    alone), so a layer keeps what it needs; the share of zeros rises to `sparsity` along the cubic
+    of Zhu & Gupta, "To prune, or not to prune" (2017), over the first three quarters of the
+    steps. Lightning's own ModelPruning changes the share between epochs only, which one epoch of
+    pruning does not have. At the end the masks are gone and the zeros stay. Dropout falls along
+    (`SparseDropout`).
+    """
+
+    UPDATES = 30
+
+    def __init__(self, sparsity: float, path: str = "") -> None:
+        self.sparsity = sparsity
+        self.path = path
+        self.dropout = SparseDropout(path=path)
+        self._done = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find what drops out."""
+        self.dropout.on_fit_start(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Prune further when the schedule has come to its next update."""
+        # Batches, not optimizer steps: of these a module with two optimizers takes two a batch.
+        a_pass = int(trainer.num_training_batches)
+        ramp = 0.75 * a_pass * (trainer.max_epochs or 1)
+        seen = trainer.current_epoch * a_pass + batch_idx + 1
+        due = min(self.UPDATES, int(self.UPDATES * seen / ramp))
+        if due > self._done:
+            self._done = due
+            share = self.sparsity * (1 - (1 - due / self.UPDATES) ** 3)
+            weights = prunable(pl_module.get_submodule(self.path))
+            _make_permanent(weights)
+            prune.global_unstructured(weights, prune.L1Unstructured, amount=share)
+            self.dropout.lower(share)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the zeros permanent."""
+        _make_permanent(prunable(pl_module.get_submodule(self.path)))
+        self.dropout.on_fit_end(trainer, pl_module)
+
+
+def prunable(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return the weights of Linear and of dense convolutions, as (module, "weight")."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [
+        (module, "weight")
+        for module in model.modules()
+        if isinstance(module, kinds) and getattr(module, "groups", 1) == 1
+    ]
+
+
+def _make_permanent(weights: Iterable[tuple[nn.Module, str]]) -> None:
+    """Take the masks off; what they set to zero stays so, as +0.0.
+
+    A mask times a negative weight is -0.0, a second kind of zero, which would cost a packed file up
+    to a bit for every zero.
+    """
+    for module, name in weights:
+        if prune.is_pruned(module):
+            prune.remove(module, name)
+            with torch.no_grad():
+                getattr(module, name).add_(0.0)
