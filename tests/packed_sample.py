@@ -1,6 +1,6 @@
-"""The model of ``tests/data/packed-v1.packed``: every kind of coding and most dtypes, no chance.
+"""The models of ``tests/packing/packed-v*.packed``: all codings, most dtypes, and no chance.
 
-python tests/packed_sample.py FILE    # how the file was written, by version 0.1.0
+python tests/packed_sample.py FILE    # how the newest of the files was written
 """
 
 import sys
@@ -53,5 +53,15 @@ class Sample(nn.Module):
         self.sparse.weight.copy_(dense * (ramp(10, 21) > 13))
 
 
+class Emptied(Sample):
+    """Rows and columns that hold little, in several classes; values that are multiples of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kept = (torch.arange(40) % 4 > 1)[:, None] & (torch.arange(50) % 3 > 0)
+        self.register_buffer("emptied", (ramp(40, 50) % 9 - 4).sqrt().nan_to_num() * kept)
+        self.register_buffer("even", (ramp(30, 20) % 7 - 3) * torch.tensor(0.3))
+
+
 if __name__ == "__main__":
-    print(save_packed(Sample(), sys.argv[1]))
+    print(save_packed(Emptied(), sys.argv[1]))

@@ -9,15 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchclust.packing.coding import (
+    Codebooks,
     Codes,
-    Coding,
     Layout,
     Sparse,
     decode_rows,
     encode_rows,
     literals,
     products,
+    symbols_of,
 )
+from torchclust.packing.contexts import find_contexts
 from torchclust.packing.dtypes import DTYPES, Bits, Dtype, to_bits
 from torchclust.packing.entropy import (
     Decoder,
@@ -29,7 +31,7 @@ from torchclust.packing.entropy import (
     write_drops,
 )
 from torchclust.packing.scales import recover_scales
-from torchclust.packing.search import Hint, choose
+from torchclust.packing.search import Choice, Hint, choose
 
 FLOATS = [dtype for dtype in DTYPES if dtype.is_scalable]
 counts_of_symbols = st.lists(st.integers(1, 10**9), min_size=2, max_size=300).map(
@@ -49,16 +51,19 @@ def test_frequency_tables(counts: np.ndarray) -> None:
     assert cost <= 1.01 * entropy(counts) + 1e-5
     written = write_drops(drops)
     assert 8 * len(written) <= len(counts) + drops[-1] + 8
-    assert np.array_equal(read_drops(written, len(counts)), drops)
+    for more in (b"", b"\xff\0"):
+        read, length = read_drops(written + more, len(counts))
+        assert np.array_equal(read, drops)
+        assert length == len(written)
 
 
 @given(st.binary(max_size=12), st.integers(1, 40))
 def test_any_bits_are_one_table_or_none(encoded: bytes, k: int) -> None:
     try:
-        drops = read_drops(encoded, k)
+        drops, length = read_drops(encoded, k)
     except ValueError:
         return
-    assert write_drops(drops) == encoded
+    assert write_drops(drops) == encoded[:length]
     assert frequencies(drops).sum() == 1 << 24
 
 
@@ -74,15 +79,16 @@ def test_symbols_come_back(k: int) -> None:
     symbols, counts = rank[symbols], counts[order]
     drops = quantize(counts)
     blocks = np.array_split(symbols, [1, 1, 7, 1000, 30_000])
-    words = encode(reversed(blocks), drops)
+    table = frequencies(drops)
+    words = encode((block, table) for block in reversed(blocks))
     assert 4 * len(words) <= 1.001 * len(symbols) * entropy(counts) / 8 + 8 + 0.01 * k
-    decoder = Decoder(words, drops)
-    back = [decoder.take(n) for n in (3, 0, 40_000, len(symbols) - 40_003)]
+    decoder = Decoder(words)
+    back = [decoder.take(n, table) for n in (3, 0, 40_000, len(symbols) - 40_003)]
     decoder.finish()
     assert np.array_equal(np.concatenate(back), symbols)
     if k > 1:
-        short = Decoder(words, drops)
-        short.take(100)
+        short = Decoder(words)
+        short.take(100, table)
         with pytest.raises(ValueError, match="do not end with its last weight"):
             short.finish()
 
@@ -143,12 +149,49 @@ def test_what_has_no_codes_is_told_so(dtype: Dtype) -> None:
         assert recover_scales(*tallied(weight), dtype, 20) is None
 
 
-def coded_and_back(coding: Coding, bits: Bits, dtype: Dtype, layout: Layout) -> Bits:
+@given(
+    st.integers(1, 40),
+    st.integers(1, 60),
+    st.integers(1, 9),
+    st.floats(0, 1),
+    st.integers(0, 10**6),
+)
+def test_contexts_cost_what_they_save(
+    n_rows: int, n_columns: int, k: int, alive: float, seed: int
+) -> None:
+    """Frequencies are shares of 2^24; the message is no longer than one without classes."""
+    rng = np.random.default_rng(seed)
+    holds = (rng.random(n_rows) < alive)[:, None] & (rng.random(n_columns) < alive)
+    values = rng.geometric(0.5, (n_rows, n_columns)).clip(max=k) * holds
+    used, symbols = np.unique(values, return_inverse=True)
+    order = np.argsort(-np.bincount(symbols.reshape(-1)), kind="stable")
+    rank = np.empty(len(used), np.uint8)
+    rank[order] = np.arange(len(used))
+    symbols = rank[symbols].reshape(n_rows, n_columns)
+    counts = np.bincount(symbols.reshape(-1))
+    contexts, classes = find_contexts(symbols, counts)
+    for table in contexts.frequencies():
+        assert table.sum() == 1 << 24
+        assert len(table) in (1, len(used))
+        assert table.min() >= 1
+    coding = Codebooks(np.zeros((1, len(used)), np.uint32), n_rows)
+    layout = Layout((n_rows, n_columns))
+    words = encode_rows(coding, symbols, contexts, classes, layout)
+    plain = encode([(symbols.reshape(-1).astype(np.int32), frequencies(quantize(counts)))])
+    tables = 2 * contexts.shares.size + (contexts.shares.size > 1)
+    assert 4 * len(words) + tables <= 4 * len(plain) + 2 + 8
+
+
+def coded_and_back(choice: Choice, bits: Bits, dtype: Dtype, layout: Layout) -> Bits:
+    coding = choice.coding
+    assert coding is not None
     stored = [*literals(bits, dtype, layout)] if isinstance(coding, Sparse) else []
-    words = encode_rows(coding, bits, layout)
+    symbols = symbols_of(coding, bits, layout)
+    contexts, classes = find_contexts(symbols, choice.counts)
+    words = encode_rows(coding, symbols, contexts, classes, layout)
     literal = np.concatenate(stored) if stored else np.zeros(0, dtype.bits)
     rows = np.empty((layout.n_rows, layout.n_columns), dtype.bits)
-    for row, column, block in decode_rows(coding, words, literal, layout):
+    for row, column, block in decode_rows(coding, contexts, words, literal, layout):
         rows[row, column] = block
     return to_bits(layout.restore(rows, dtype))
 
@@ -174,7 +217,7 @@ def test_what_is_chosen_is_exact(
         choice = choose(bits, dtype, layout, Hint(rows_per_book))
         assert choice.bits <= 8 * bits.nbytes
         if choice.coding is not None:
-            assert np.array_equal(coded_and_back(choice.coding, bits, dtype, layout), bits)
+            assert np.array_equal(coded_and_back(choice, bits, dtype, layout), bits)
             assert choice.counts.sum() == len(bits)
             assert (np.diff(choice.counts) <= 0).all()
 
@@ -194,5 +237,5 @@ def test_a_wrong_hint_does_no_harm() -> None:
     ):
         choice = choose(bits, dtype, layout, Hint(codes=hinted.astype(np.int8), scales=scales))
         assert isinstance(choice.coding, Codes)
-        assert np.array_equal(coded_and_back(choice.coding, bits, dtype, layout), bits)
+        assert np.array_equal(coded_and_back(choice, bits, dtype, layout), bits)
         assert set(choice.coding.codes.tolist()) == found

@@ -8,6 +8,7 @@ import random
 import re
 import struct
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,35 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packed_sample import Sample
+from packed_sample import Emptied, Sample
 from torch import nn
 
 from torchclust.packing.coding import Layout
+from torchclust.packing.contents import read_contents, write_contents
+from torchclust.packing.cursor import Cursor, number
 from torchclust.packing.dtypes import DTYPES, to_bits
-from torchclust.packing.pack import load_packed_, load_packed_file_, save_packed
-from torchclust.packing.record import Header, read_header, read_records, write_header
-from torchclust.packing.sections import PackedFileError, SectionReader
+from torchclust.packing.header import Header
+from torchclust.packing.pack import load_packed_file_, save_packed
+from torchclust.packing.planes import deflated
+from torchclust.packing.record import read_records
+from torchclust.packing.sections import PackedFileError
 
 HERE = Path(__file__).parent
-VECTOR = HERE / "packed-v1.packed"
-VECTOR_SHA256 = "ed4cb6d57bd0999c5a851ef9bcd322fe105e5d17f7e28d18b92046de2531868d"
+VECTORS: dict[int, tuple[type[Sample], str]] = {
+    1: (Sample, "ed4cb6d57bd0999c5a851ef9bcd322fe105e5d17f7e28d18b92046de2531868d"),
+    2: (Emptied, "ecaa28b5b4c2783e7b20affed3f526ac5aed7091bdaeb3a2ce0066da3bfeeb0d"),
+}
+Readers = dict[int, Callable[[bytes], dict[str, tuple[int, tuple[int, ...], list[int]]]]]
+both = pytest.mark.parametrize("version", VECTORS)
 
 
-def blank() -> Sample:
-    model = Sample()
+def vector(version: int) -> bytes:
+    """A file that was written long ago."""
+    return (HERE / f"packed-v{version}.packed").read_bytes()
+
+
+def blank(version: int) -> Sample:
+    model = VECTORS[version][0]()
     for tensor in model.state_dict().values():
         tensor.zero_()
     return model
@@ -45,7 +59,7 @@ def load(content: bytes, model: nn.Module) -> nn.Module:
 
 
 def sections(content: bytes) -> list[bytes]:
-    """The sections' contents, by the documentation."""
+    """The contents of the sections of version 1, by the documentation."""
     found, at = [], 22
     while at < len(content):
         (length,) = struct.unpack_from("<Q", content, at)
@@ -55,11 +69,8 @@ def sections(content: bytes) -> list[bytes]:
 
 
 def assemble(parts: list[bytes], n_records: int | None = None) -> bytes:
-    """A file of these sections with checksums that hold: what an adversary would write."""
-    n_records = len(parts) // 2 if n_records is None else n_records
-    out = struct.pack("<8sHI", b"\x89TCP\r\n\x1a\n", 1, n_records)
-    key = hashlib.blake2b(out, digest_size=8).digest()
-    out += key
+    """A file of version 1 with checksums that hold: what an adversary would write."""
+    out, key = prologue(1, len(parts) // 2 if n_records is None else n_records)
     for part in parts:
         section = struct.pack("<Q", len(part)) + part
         key = hashlib.blake2b(section, digest_size=8, key=key).digest()
@@ -67,25 +78,60 @@ def assemble(parts: list[bytes], n_records: int | None = None) -> bytes:
     return out
 
 
+def parts_of(content: bytes) -> tuple[list[bytes], bytes, bytes]:
+    """The tensors' data, the fields and what stands apart, of version 2, by the documentation."""
+    (length,) = struct.unpack("<Q", content[-8:])
+    contents = Cursor(content[-16 - length : -16])
+    fields = zlib.decompress(contents.take(contents.number()), -15)
+    lengths = [entry.length for entry in read_contents(content[-16 - length : -16], content[10])]
+    at = 22 + np.cumsum([0, *(n + 8 for n in lengths)])
+    data = [content[a : a + n] for a, n in zip(at, lengths, strict=False)]
+    return data, fields, contents.ahead()
+
+
+def assemble_2(
+    data: list[bytes], fields: bytes, apart: bytes = b"", n_records: int | None = None
+) -> bytes:
+    """A file of version 2 with checksums that hold."""
+    out, key = prologue(2, len(data) if n_records is None else n_records)
+    squeezed = deflated(fields)
+    contents = number(len(squeezed)) + squeezed + apart
+    for part in [*data, contents]:
+        hashed = struct.pack("<Q", len(part)) + part
+        key = hashlib.blake2b(hashed, digest_size=8, key=key).digest()
+        out += part + key
+    return out + struct.pack("<Q", len(contents))
+
+
+def prologue(version: int, n_records: int) -> tuple[bytes, bytes]:
+    """With its digest, and that alone."""
+    out = struct.pack("<8sHI", b"\x89TCP\r\n\x1a\n", version, n_records)
+    key = hashlib.blake2b(out, digest_size=8).digest()
+    return out + key, key
+
+
 @pytest.fixture(scope="module")
-def reader() -> Callable[[bytes], dict[str, tuple[int, tuple[int, ...], list[int]]]]:
-    """``read_packed`` of the documentation, which needs nothing but Python."""
-    page = (HERE.parents[1] / "docs" / "packed-format.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    namespace: dict[str, Any] = {}
-    exec(compile(code, "packed-format.md", "exec"), namespace)
-    found: Callable[[bytes], Any] = namespace["read_packed"]
+def readers() -> Readers:
+    """``read_packed`` of each version's documentation, which needs nothing but Python."""
+    found = {}
+    for version, name in {1: "packed-format-1.md", 2: "packed-format.md"}.items():
+        page = (HERE.parents[1] / "docs" / name).read_text(encoding="utf-8")
+        (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+        namespace: dict[str, Any] = {}
+        exec(compile(code, name, "exec"), namespace)
+        found[version] = namespace["read_packed"]
     return found
 
 
-def test_the_vector_loads_for_ever(reader: Callable[[bytes], Any]) -> None:
-    """A file from version 0.1.0 gives the model that it was written from, by two readers."""
-    content = VECTOR.read_bytes()
-    assert hashlib.sha256(content).hexdigest() == VECTOR_SHA256
-    expected = Sample().state_dict()
-    model = load_packed_(blank(), VECTOR)
+@both
+def test_the_vectors_load_for_ever(readers: Readers, version: int) -> None:
+    """A file of each version gives the model that it was written from, by two readers."""
+    content, (kind, digest) = vector(version), VECTORS[version]
+    assert hashlib.sha256(content).hexdigest() == digest
+    expected = kind().state_dict()
+    model = load(content, blank(version))
     assert values(model) == {name: to_bits(tensor).tolist() for name, tensor in expected.items()}
-    documented = reader(content)
+    documented = readers[version](content)
     assert documented.keys() == expected.keys()
     for name, tensor in expected.items():
         dtype, shape, elements = documented[name]
@@ -94,14 +140,15 @@ def test_the_vector_loads_for_ever(reader: Callable[[bytes], Any]) -> None:
         units = [e >> i * size & (1 << size) - 1 for e in elements
                  for i in range(DTYPES[dtype].units)]  # fmt: skip
         assert units == to_bits(tensor).tolist(), name
-    with VECTOR.open("rb") as file:
-        kinds = {record.header.kind for record in read_records(file)}
-    assert kinds == {"raw", "codebook", "codes", "sparse"}, "the vector covers every kind"
+    headers = [record.header for record in read_records(io.BytesIO(content))]
+    assert {header.kind for header in headers} == {"raw", "codebook", "codes", "sparse"}
+    contexts = [header.contexts.shares.shape for header in headers if header.contexts is not None]
+    assert (max(contexts) == (2, 2)) == (version > 1), "and rows and columns in classes"
 
 
-def test_todays_files_are_as_documented(reader: Callable[[bytes], Any], tmp_path: Path) -> None:
+def test_todays_files_are_as_documented(readers: Readers, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = Sample()
+    model = Emptied()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_((torch.randn(parameter.shape) * 2).round() / 3)
@@ -109,29 +156,65 @@ def test_todays_files_are_as_documented(reader: Callable[[bytes], Any], tmp_path
     save_packed(model, tmp_path / "b")
     content = (tmp_path / "a").read_bytes()
     assert content == (tmp_path / "b").read_bytes(), "the same model, the same bytes"
-    documented = reader(content)
+    documented = readers[2](content)
     for name, parameter in model.named_parameters():
         assert documented[name][2] == to_bits(parameter).tolist()
+    save_packed(Emptied(), tmp_path / "c")
+    assert (tmp_path / "c").read_bytes() == vector(2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_large_codebook_is_split(
-    reader: Callable[[bytes], Any], tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_a_large_codebook_is_split(readers: Readers, tmp_path: Path, dtype: torch.dtype) -> None:
     """The highest bytes of 200 centroids deflate; the file is smaller by them, and the same."""
     torch.manual_seed(0)
     books = (torch.randn(2, 200) / 20).to(dtype)
     model = nn.Module()
     model.register_buffer("a", books[0][torch.randint(200, (80, 100))])
     content = written(model, tmp_path)
-    assert content[22 + 8] == 4
-    with (tmp_path / "file").open("rb") as file:
-        (record,) = read_records(file)
+    (record,) = read_records(io.BytesIO(content))
+    n = len(books[0].unique())
     assert record.header.saved_bytes > 40
-    assert record.header.side_bytes == len(books[0].unique()) * dtype.itemsize
-    assert reader(content)["a"][2] == to_bits(model.a).tolist()
+    assert record.header.side_bytes == n * dtype.itemsize
+    coded = 8000 * record.header.entropy_bits / 8
+    assert len(content) < 1.005 * coded + record.header.side_bytes - 40 + n / 8 + 90
+    assert readers[2](content)["a"][2] == to_bits(model.a).tolist()
     expected = model.a.clone()
     model.a.zero_()
+    load(content, model)
+    assert torch.equal(model.a, expected)
+
+
+def test_rows_and_columns_that_hold_little_cost_little(tmp_path: Path) -> None:
+    """Within 3 % of what the places cost that can hold anything, and their classes."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = torch.rand(500, generator=generator), torch.rand(800, generator=generator)
+    alive = (rows < 0.2)[:, None] & (columns < 0.3)
+    drawn = torch.rand(500, 800, generator=generator)
+    model = nn.Module()
+    model.register_buffer("a", (alive & (drawn < 0.25)) * 0.5 + (alive & (drawn < 0.1)) * 0.75)
+    content = written(model, tmp_path)
+    counts = np.array([float((model.a[alive] == v).sum()) for v in (0, 0.5, 1.25)])
+    share = counts / counts.sum()
+    places = -(counts * np.log2(share)).sum() / 8
+    classes = sum(
+        -(n * np.log2(n / len(x)))
+        for x, at in ((rows, 0.2), (columns, 0.3))
+        for n in (int((x < at).sum()), int((x >= at).sum()))
+    )
+    assert len(content) < 1.03 * (places + classes / 8) + 90
+    (record,) = read_records(io.BytesIO(content))
+    assert len(content) < 0.75 * 400_000 * record.header.entropy_bits / 8
+
+
+def test_multiples_of_one_step_take_a_byte_a_value(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    codes = torch.randint(-20, 21, (60, 70))
+    model = nn.Module()
+    model.register_buffer("a", codes * torch.tensor(0.017))
+    content = written(model, tmp_path)
+    (record,) = read_records(io.BytesIO(content))
+    assert (record.header.kind, record.header.side_bytes) == ("codes", 41 + 4)
+    expected = model.a.clone()
     load(content, model)
     assert torch.equal(model.a, expected)
 
@@ -155,9 +238,10 @@ def refused(content: bytes | bytearray, model: nn.Module) -> None:
         load(bytes(content), model)
 
 
-def test_every_byte_matters() -> None:
+@both
+def test_every_byte_matters(version: int) -> None:
     """Every byte of the vector, changed in the lowest bit, the highest, or all."""
-    content, model = VECTOR.read_bytes(), blank()
+    content, model = vector(version), blank(version)
     before = values(model)
     for at in range(len(content)):
         for flip in (0x01, 0x80, 0xFF):
@@ -179,8 +263,9 @@ def test_every_change_of_every_byte(tmp_path: Path) -> None:
     assert values(model) == before
 
 
-def test_every_truncation_and_anything_more() -> None:
-    content, model = VECTOR.read_bytes(), blank()
+@both
+def test_every_truncation_and_anything_more(version: int) -> None:
+    content, model = vector(version), blank(version)
     before = values(model)
     for length in range(len(content)):
         refused(content[:length], model)
@@ -193,16 +278,16 @@ def test_sections_of_another_file_do_not_pass(tmp_path: Path) -> None:
     """Each section is sound in its own file; spliced, moved or left out it is not."""
     model = Small()
     first = written(model, tmp_path)
-    model.a += 1
+    model.a.copy_(model.a.roll(1))
+    model.b += 1
     second = written(model, tmp_path)
     assert len(first) == len(second)
-    ends = [22]
-    while ends[-1] < len(first):
-        ends.append(ends[-1] + 16 + struct.unpack_from("<Q", first, ends[-1])[0])
-    for end in ends[1:4]:
+    one, two = (len(data) + 8 for data in parts_of(first)[0])
+    for end in (22 + one, 22 + one + two):
         refused(first[:end] + second[end:], model)
-    refused(first[:22] + first[ends[2] : ends[4]] + first[22 : ends[2]], model)
-    refused(first[: ends[2]] + first[ends[4] :], model)
+    data = first[22 : 22 + one], first[22 + one : 22 + one + two]
+    refused(first[:22] + data[1] + data[0] + first[22 + one + two :], model)
+    refused(first[:22] + data[1] + first[22 + one + two :], model)
 
 
 def mutated(content: bytes, chance: random.Random) -> bytes:
@@ -228,12 +313,13 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
 
 
 @pytest.mark.slow
-def test_fuzz() -> None:
-    """20,000 damaged files: all are refused."""
-    content, model = VECTOR.read_bytes(), blank()
+@both
+def test_fuzz(version: int) -> None:
+    """10,000 damaged files: all are refused."""
+    content, model = vector(version), blank(version)
     before, chance = values(model), random.Random(0)
     different = 0
-    while different < 20_000:
+    while different < 10_000:
         damaged = mutated(content, chance)
         if damaged != content:
             different += 1
@@ -241,15 +327,30 @@ def test_fuzz() -> None:
     assert values(model) == before
 
 
-def test_damaged_files_allocate_no_more_than_sound_ones() -> None:
-    content, model, chance = VECTOR.read_bytes(), blank(), random.Random(2)
-    files = [mutated(content, chance) for _ in range(1000)]
-    signed = []
-    for _ in range(1000):
-        parts = sections(content)
+def damaged_but_signed(version: int, chance: random.Random) -> bytes:
+    """The vector with one of its parts changed, and checksums that hold."""
+    if version == 1:
+        parts = sections(vector(1))
         which = chance.randrange(len(parts))
         parts[which] = mutated(parts[which] or b"\0", chance)
-        signed.append(assemble(parts))
+        return assemble(parts)
+    data, fields, apart = parts_of(vector(2))
+    match chance.randrange(4):
+        case 0:
+            apart = mutated(apart, chance)
+        case 1:
+            which = chance.randrange(len(data))
+            data[which] = mutated(data[which] or b"\0", chance)
+        case _:
+            fields = mutated(fields, chance)
+    return assemble_2(data, fields, apart)
+
+
+@both
+def test_damaged_files_allocate_no_more_than_sound_ones(version: int) -> None:
+    content, model, chance = vector(version), blank(version), random.Random(2)
+    files = [mutated(content, chance) for _ in range(500)]
+    signed = [damaged_but_signed(version, chance) for _ in range(500)]
     peaks = []
     for batch in ([content] * 3, files, signed):
         tracemalloc.start()
@@ -273,17 +374,16 @@ def outcome_of(content: bytes, model: nn.Module) -> str:
     return "loaded"
 
 
-def test_fuzz_with_checksums_that_hold() -> None:
+@both
+def test_fuzz_with_checksums_that_hold(version: int) -> None:
     """What checksums do not stop, the parser does: an error or a model, never another crash."""
-    parts, chance = sections(VECTOR.read_bytes()), random.Random(1)
-    model = blank()
-    load(assemble(parts), model)
+    model, chance = blank(version), random.Random(1)
+    load(assemble(sections(vector(1))), blank(1))
+    load(assemble_2(*parts_of(vector(2))), blank(2))
     outcomes = {"loaded": 0, "damaged": 0, "misfit": 0}
-    for _ in range(2_500):
-        which = chance.randrange(len(parts))
-        changed = [*parts[:which], mutated(parts[which] or b"\0", chance), *parts[which + 1 :]]
+    for _ in range(1_500):
         before = values(model)
-        outcome = outcome_of(assemble(changed), model)
+        outcome = outcome_of(damaged_but_signed(version, chance), model)
         outcomes[outcome] += 1
         assert outcome == "loaded" or values(model) == before, "refused files leave the model alone"
     assert min(outcomes.values()) > 20, outcomes
@@ -347,11 +447,92 @@ MALFORMED = {
     "a split codebook, damaged": (head((80,), 4) + coded() + SPLIT + b"\1\0\0\0\7" + bytes(3), b"",
                                   PackedFileError, "does not inflate"),
     "a split codebook of two": (head((80,), 4) + coded() + SPLIT + b"\4\0\0\0c`\0\0" + bytes(3),
-                                b"", PackedFileError, "inflates to 2 elements, not 1"),
+                                b"", PackedFileError, "inflates to another length"),
     "a split codebook of bytes": (head((80,), 4, 4) + coded() + SPLIT, b"",
                                   PackedFileError, "split codebook of single bytes"),
     "a bool of 2": (head((80,), 0, 9), b"\2" * 80, PackedFileError, "is bool and holds 2"),
 }  # fmt: skip
+
+
+def fields(
+    shape: tuple[int, ...] = (80,), kind: int = 1, dtype: int = 0, axis: int = 0, length: int = 0
+) -> bytes:
+    """What the contents say of a tensor up to its data's length; its name is a."""
+    dims = b"".join(map(number, shape))
+    return bytes([kind, dtype, len(shape), axis]) + b"\1\1a" + dims + number(length)
+
+
+def stats(zeros: int = 0, entropy: int = 0, k: int = 1) -> bytes:
+    return number(zeros) + number(entropy) + number(k - 1)
+
+
+BOOK = number(80) + b"\0"  # one codebook of one float32 0, whose lower bytes stand apart
+TWO = fields() + stats(k=2) + number(80) + bytes(2)
+MALFORMED_2 = {
+    "a tensor that the model lacks": (fields((HUGE, HUGE)) + stats() + number(HUGE) + b"\0",
+                                      bytes(3), b"", ValueError, "needs the architecture"),
+    "codebooks that are not there": (fields((HUGE, 8)) + stats(k=65536) + b"\1", b"", b"",
+                                     PackedFileError, r"\d+ bytes expected, 0 left"),
+    "lower bytes that are not there": (fields() + stats() + BOOK, bytes(2), b"",
+                                       PackedFileError, "3 bytes expected, 2 left"),
+    "no codebook": (fields() + stats() + number(0), b"", b"", PackedFileError, "for 0 rows each"),
+    "too many symbols": (fields() + stats(k=65537), b"", b"", PackedFileError, "65537 symbols"),
+    "a long number": (fields()[:-1] + b"\x80" * 10 + b"\1", b"", b"", PackedFileError, "64 bits"),
+    "raw data of another size": (fields(kind=0, length=316), b"", bytes(316),
+                                 PackedFileError, "another length"),
+    "data that are not there": (fields(kind=0, length=320), b"", bytes(300),
+                                PackedFileError, "the data of 'a' are 320 bytes, which are not"),
+    "more fields": (fields(kind=0, length=320) + b"x", b"", bytes(320),
+                    PackedFileError, "1 bytes too many"),
+    "more apart": (fields(kind=0, length=320), b"x", bytes(320), PackedFileError, "1 bytes too"),
+    "a kind": (fields(kind=4), b"", b"", PackedFileError, "is malformed: invalid kind 4"),
+    "an element type": (fields(dtype=17), b"", b"", PackedFileError, "invalid element type 17"),
+    "an axis": (fields(axis=1), b"", b"", PackedFileError, "invalid channel dimension 1 of 1"),
+    "no names": (bytes(3) + b"\0\0\0", b"", b"", PackedFileError, "invalid names"),
+    "coded complex": (fields(dtype=10) + stats() + BOOK, bytes(3), b"",
+                      PackedFileError, "no or complex elements"),
+    "coded nothing": (fields((0,)) + stats() + BOOK, bytes(3), b"",
+                      PackedFileError, "no or complex elements"),
+    "entropy": (fields() + stats(entropy=321) + BOOK, bytes(3), b"", PackedFileError, "statistics"),
+    "zeros": (fields() + stats(zeros=81) + BOOK, bytes(3), b"", PackedFileError, "statistics"),
+    "a code twice": (fields(kind=2) + stats(k=2) + number(80) + b"\1\1\0" + b"\1\1\0\0\0", bytes(3),
+                     b"", PackedFileError, "invalid codes"),
+    "code -128": (fields(kind=2) + stats() + number(80) + b"\x80\0", bytes(3), b"",
+                  PackedFileError, "code -128"),
+    "too many literals": (fields(kind=3) + stats() + number(81) + b"\1", b"", b"",
+                          PackedFileError, "literals"),
+    "no class": (TWO + b"\0\1", bytes(6), b"", PackedFileError, "0 classes of 1 lines"),
+    "classes of one row": (TWO + b"\2\1" + bytes(9), bytes(6), b"",
+                           PackedFileError, "2 classes of 1 lines"),
+    "nine classes": (TWO + b"\1\x09" + bytes(99), bytes(6), b"",
+                     PackedFileError, "9 classes of 80 lines"),
+    "shares that are not there": (TWO + b"\1\2\0", bytes(6), b"", PackedFileError, "4 bytes exp"),
+    "a table of classes that is not there": (TWO + b"\1\2" + bytes(4), bytes(6), b"",
+                                             PackedFileError, "not one of 2 symbols"),
+    "a word too many": (fields(length=4) + stats() + BOOK, bytes(3), b"\1\0\0\0",
+                        PackedFileError, "do not end with its last weight"),
+    "a bool of 2": (fields(kind=0, dtype=9, length=80), b"", b"\2" * 80,
+                    PackedFileError, "is bool and holds 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MALFORMED_2)
+def test_malformed_contents_but_signed(case: str) -> None:
+    """Contents that lie are refused by what they say, and before memory is spent on them."""
+    said, apart, data, error, message = MALFORMED_2[case]
+    model = nn.Module()
+    dtype = DTYPES[said[1]].torch if said[1] < len(DTYPES) else torch.float32
+    model.register_buffer("a", torch.zeros(80, dtype=dtype))
+    refused_early(assemble_2([data], said, apart), model, error, message)
+
+
+def refused_early(content: bytes, model: nn.Module, error: type[Exception], message: str) -> None:
+    tracemalloc.start()
+    with pytest.raises(error, match=message):
+        load(content, model)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1e6
 
 
 @pytest.mark.parametrize("case", MALFORMED)
@@ -361,58 +542,60 @@ def test_malformed_but_signed(case: str) -> None:
     model = nn.Module()
     dtype = DTYPES[header[1]].torch if header[1] < len(DTYPES) else torch.float32
     model.register_buffer("a", torch.zeros(80, dtype=dtype))
-    content = assemble([header, data])
-    tracemalloc.start()
-    with pytest.raises(error, match=message):
-        load(content, model)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 1e6
+    refused_early(assemble([header, data]), model, error, message)
 
 
 def test_prologue_and_records(tmp_path: Path) -> None:
     content, model = written(Small(), tmp_path), Small()
-    prologue = struct.pack("<8sHI", content[:8], 2, 2)
-    newer = prologue + hashlib.blake2b(prologue, digest_size=8).digest() + content[22:]
-    with pytest.raises(
-        PackedFileError, match=r"format version 2 and this torchclust reads 1:  pip"
-    ):
-        load(newer, model)
+    with pytest.raises(PackedFileError, match=r"version 3 and this torchclust reads 2:  pip"):
+        load(prologue(3, 2)[0] + content[22:], model)
     with pytest.raises(PackedFileError, match=r"begins with b'' and is no packed file"):
         load(b"", model)
     with pytest.raises(PackedFileError, match=r"ends after 20 bytes, within its prologue"):
         load(content[:20], model)
-    with pytest.raises(PackedFileError, match=r"within the header of record 3 of 3"):
-        load(assemble(sections(content), 3), model)
+    with pytest.raises(PackedFileError, match=r"ends after 30 bytes, before its table of contents"):
+        load(content[:30], model)
+    with pytest.raises(PackedFileError, match=r"it is incomplete: its table of contents"):
+        load(content[:-8] + struct.pack("<Q", 1 << 62), model)
+    data, said, apart = parts_of(content)
+    load(assemble_2(data, said, apart), model)
+    with pytest.raises(PackedFileError, match=r"contents is malformed: \d+ bytes expected, 0 left"):
+        load(assemble_2(data, said, apart, 3), model)
+    with pytest.raises(PackedFileError, match=r"contents is malformed: invalid \d+ bytes too many"):
+        load(assemble_2(data, said, apart, 1), model)
     with pytest.raises(PackedFileError, match=r"bytes follow its last record"):
-        load(assemble(sections(content), 1), model)
+        load(assemble_2([*data, b"more"], said, apart, 2), model)
+    plain = fields((), 0, length=4)
     with pytest.raises(PackedFileError, match=r"it holds 'a' twice"):
-        load(assemble(sections(content)[:2] * 2), model)
-    lying = bytearray(content)
+        load(assemble_2([bytes(4)] * 2, plain * 2), model)
+
+
+def test_prologue_and_records_of_version_1() -> None:
+    parts, model = sections(vector(1)), blank(1)
+    n_records = len(parts) // 2
+    with pytest.raises(PackedFileError, match=rf"the header of record {n_records + 1} of"):
+        load(assemble(parts, n_records + 1), model)
+    with pytest.raises(PackedFileError, match=r"bytes follow its last record"):
+        load(assemble(parts, 1), model)
+    with pytest.raises(PackedFileError, match=r"it holds '.*' twice"):
+        load(assemble(parts[:2] * 2), model)
+    lying = bytearray(vector(1))
     struct.pack_into("<Q", lying, 22, 1 << 62)
-    with pytest.raises(
-        PackedFileError, match=r"ends after \d+ bytes, within the header of record 1"
-    ):
+    with pytest.raises(PackedFileError, match=r"ends after \d+ bytes, within the header of rec"):
         load(bytes(lying), model)
 
 
-def test_headers_are_their_own_reverse() -> None:
-    """Every header of the vector is written back to the same bytes."""
-    for encoded in sections(VECTOR.read_bytes())[::2]:
-        assert write_header(read_header(encoded, "")) == encoded
+def test_contents_are_their_own_reverse() -> None:
+    """The vector's contents are written back to the same bytes."""
+    content = vector(2)
+    (length,) = struct.unpack("<Q", content[-8:])
+    encoded = content[-16 - length : -16]
+    entries = read_contents(encoded, content[10])
+    assert write_contents([(entry.header, entry.length) for entry in entries]) == encoded
+    assert sum(entry.size for entry in entries) == length
     header = Header(("é" * 300, "b"), DTYPES[0], Layout((2, 3)))
-    assert read_header(write_header(header), "") == header
-
-
-def test_a_file_is_read_by_sections() -> None:
-    """`SectionReader` skips data without reading it and still finds a later checksum wrong."""
-    content = bytearray(VECTOR.read_bytes())
-    reader = SectionReader(io.BytesIO(content))
-    for number in range(2 * reader.n_records):
-        section = reader.next("a section")
-        got = section.read(io.BytesIO(content), "a section")
-        assert got == sections(bytes(content))[number]
-    reader.finish()
+    ((back, size, _),) = read_contents(write_contents([(header, 1 << 40)]), 1)
+    assert (back, size) == (header, 1 << 40)
 
 
 def test_big_tensors_in_many_blocks(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -135,7 +136,7 @@ def test_size_against_entropy(sharing: str, pruned: float, k: int, tmp_path: Pat
         for name, limit in limits.items():
             assert rows[name] <= limit, name
         biases = sum(row.bytes for row in size.rows if row.name not in limits)
-        assert size.bytes <= sum(limits.values()) + biases + 22
+        assert size.bytes <= sum(limits.values()) + biases + 38
     assert stripped.bytes <= 1.01 * clustered.bytes
 
 
@@ -273,7 +274,8 @@ def test_same_clusters_again(tmp_path: Path) -> None:
 
 def corrupt_last_data(file: Path) -> None:
     content = bytearray(file.read_bytes())
-    content[-12] ^= 1  # in the last tensor's values: everything before it is sound
+    (contents,) = struct.unpack("<Q", content[-8:])
+    content[-16 - contents - 12] ^= 1  # in the last tensor's values: everything else is sound
     file.write_bytes(content)
 
 
@@ -393,7 +395,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "model.packed"
     save_packed(nn.Linear(4, 4), file)
     old = file.read_bytes()
-    command = [sys.executable, "-c", KILLED, str(file), "4"]
+    command = [sys.executable, "-c", KILLED, str(file), "2"]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert file.read_bytes() == old
     assert len(list(tmp_path.iterdir())) == 2, "it died while it wrote"
@@ -457,13 +459,13 @@ def test_report(tmp_path: Path) -> None:
     cluster_(model, {"0.weight": {"n_clusters": 7, "codebook_dtype": "int8"}, "2.weight": 9})
     size = save_packed(model, file)
     assert size == packed_size(file)
-    assert size.bytes == file.stat().st_size == sum(row.bytes for row in size.rows) + 22
+    assert size.bytes == file.stat().st_size == sum(row.bytes for row in size.rows) + 38
     rows = {row.name: row for row in size.rows}
     summary = {row.name: row for row in torchclust.summary(model).rows}
     for name, kind in {"0.weight": "codes", "2.weight": "codebook"}.items():
         row, known = rows[name], summary[name]
         assert (row.kind, row.n_clusters, row.shape) == (kind, known.distinct, known.shape)
-        assert row.entropy_bits == pytest.approx(known.entropy_bits)
+        assert row.entropy_bits == pytest.approx(known.entropy_bits, abs=4 / row.n_elements)
         assert row.eq1_bits == pytest.approx(known.bits_per_weight)
         assert row.bits_per_weight == 8 * row.bytes / row.n_elements
     assert rows["2.weight"].zeros == pytest.approx(0.0, abs=0.8)

@@ -18,8 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from torchclust.packing.contexts import Classes, Contexts
 from torchclust.packing.dtypes import Bits, Dtype, to_bits, to_tensor
-from torchclust.packing.entropy import Decoder, Integers, Symbols, encode
+from torchclust.packing.entropy import Decoder, Integers, Symbols, encode, frequencies
 
 BLOCK = 1 << 18
 
@@ -86,9 +87,13 @@ class Codebooks:
         rows_per_book: at least the number of rows where the tensor has one book.
     """
 
-    drops: Integers
     books: Bits
     rows_per_book: int
+
+    @property
+    def n_symbols(self) -> int:
+        """Entries of a book."""
+        return int(self.books.shape[1])
 
     def width(self) -> int:
         """Table entries that a row needs."""
@@ -114,17 +119,28 @@ class Codebooks:
 
 @dataclass(frozen=True)
 class Codes:
-    """``value = scales[row] * codes[symbol]``, one multiplication in the tensor's own dtype.
+    """``value = scales[row // rows_per_scale] * codes[symbol]``, multiplied in the tensor's dtype.
 
     Attributes:
         codes: ``(k,)`` int8 by falling count.
-        scales: ``(rows,)`` bits of ``dtype``.
+        scales: ``(scales,)`` bits of ``dtype``.
+        rows_per_scale: at least the number of rows where the tensor has one scale.
     """
 
-    drops: Integers
     codes: npt.NDArray[np.int8]
     scales: Bits
     dtype: Dtype
+    rows_per_scale: int = 1
+
+    @property
+    def n_symbols(self) -> int:
+        """Codes."""
+        return len(self.codes)
+
+    def of_rows(self, rows: slice) -> Bits:
+        """The scale of each row, ``(rows, 1)``."""
+        found: Bits = self.scales[np.arange(rows.start, rows.stop) // self.rows_per_scale, None]
+        return found
 
     def width(self) -> int:
         """Table entries that a row needs."""
@@ -134,12 +150,12 @@ class Codes:
         """Which code each value of a block has."""
         of_code = np.zeros(256, np.int32)
         of_code[self.codes.astype(np.int64) + 128] = np.arange(len(self.codes))
-        codes = nearest_codes(block, self.scales[rows, None], self.dtype)
+        codes = nearest_codes(block, self.of_rows(rows), self.dtype)
         return of_code[codes + 128]
 
     def values(self, symbols: Symbols, rows: slice) -> Bits:
         """The reverse of `symbols`."""
-        table = products(self.scales[rows, None], self.codes[None], self.dtype)
+        table = products(self.of_rows(rows), self.codes[None], self.dtype)
         return table[np.arange(len(table))[:, None], symbols]
 
 
@@ -152,10 +168,14 @@ class Sparse:
         n_literals: how many values are stored as they are.
     """
 
-    drops: Integers
     meanings: npt.NDArray[np.int8]
     n_literals: int
     dtype: Dtype
+
+    @property
+    def n_symbols(self) -> int:
+        """Meanings."""
+        return len(self.meanings)
 
     def width(self) -> int:
         """Table entries that a row needs."""
@@ -173,16 +193,37 @@ class Sparse:
 Coding: TypeAlias = Codebooks | Codes | Sparse
 
 
-def encode_rows(coding: Coding, bits: Bits, layout: Layout) -> npt.NDArray[np.uint32]:
-    """The entropy-coded symbols of a tensor, as 32-bit words."""
-    blocks = reversed(layout.blocks(coding.width()))
-    return encode(
-        (
-            coding.symbols(layout.take(bits, rows, columns), rows).reshape(-1)
-            for rows, columns in blocks
-        ),
-        coding.drops,
-    )
+def symbols_of(coding: Coding, bits: Bits, layout: Layout) -> npt.NDArray[np.unsignedinteger[Any]]:
+    """A tensor's symbols, ``(rows, columns)``, in as few bytes each as they need."""
+    width = np.min_scalar_type(max(0, coding.n_symbols - 1))
+    found = np.empty((layout.n_rows, layout.n_columns), width)
+    for rows, columns in layout.blocks(coding.width()):
+        found[rows, columns] = coding.symbols(layout.take(bits, rows, columns), rows)
+    return found
+
+
+def encode_rows(
+    coding: Coding,
+    symbols: npt.NDArray[np.unsignedinteger[Any]],
+    contexts: Contexts,
+    classes: Classes,
+    layout: Layout,
+) -> npt.NDArray[np.uint32]:
+    """The entropy-coded symbols of a tensor behind their classes, as 32-bit words."""
+
+    def parts() -> Iterator[tuple[Symbols, Integers]]:
+        tables = contexts.frequencies()
+        for rows, columns in reversed(layout.blocks(coding.width())):
+            flat = symbols[rows, columns].reshape(-1)
+            for number, places in reversed([*contexts.groups(classes, rows, columns)]):
+                yield flat[places].astype(np.int32), tables[number]
+        for of, drops in (
+            (classes.columns, contexts.column_drops),
+            (classes.rows, contexts.row_drops),
+        ):
+            yield of.astype(np.int32), frequencies(drops)
+
+    return encode(parts())
 
 
 def literals(bits: Bits, dtype: Dtype, layout: Layout) -> Iterator[Bits]:
@@ -194,12 +235,17 @@ def literals(bits: Bits, dtype: Dtype, layout: Layout) -> Iterator[Bits]:
 
 
 def decode_rows(
-    coding: Coding, words: npt.NDArray[np.uint32], stored: Bits, layout: Layout
+    coding: Coding,
+    contexts: Contexts,
+    words: npt.NDArray[np.uint32],
+    stored: Bits,
+    layout: Layout,
 ) -> Iterator[tuple[slice, slice, Bits]]:
     """Decode a tensor block by block: rows, columns and bits of each.
 
     Args:
         coding: as its header says.
+        contexts: as well.
         words: its coded symbols.
         stored: its literals; empty unless sparse.
         layout: the tensor's.
@@ -207,10 +253,23 @@ def decode_rows(
     Raises:
         ValueError: the message does not end with the last element, or literals are left or lack.
     """
-    decoder, used = Decoder(words, coding.drops), 0
+    decoder, used = Decoder(words), 0
+    classes = Classes(
+        *(
+            decoder.take(n, frequencies(drops)).astype(np.uint8)
+            for n, drops in (
+                (layout.n_rows, contexts.row_drops),
+                (layout.n_columns, contexts.column_drops),
+            )
+        )
+    )
+    tables = contexts.frequencies()
     for rows, columns in layout.blocks(coding.width()):
         shape = rows.stop - rows.start, columns.stop - columns.start
-        symbols = decoder.take(math.prod(shape)).reshape(shape)
+        symbols = np.empty(math.prod(shape), np.int32)
+        for number, places in contexts.groups(classes, rows, columns):
+            symbols[places] = decoder.take(len(symbols[places]), tables[number])
+        symbols = symbols.reshape(shape)
         if not isinstance(coding, Sparse):
             yield rows, columns, coding.values(symbols, rows)
             continue

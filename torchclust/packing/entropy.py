@@ -23,7 +23,7 @@ Symbols = npt.NDArray[np.int32]
 Integers = npt.NDArray[np.int64]
 
 MAX_SYMBOLS = 1 << 16
-_TOTAL = 1 << 24
+TOTAL = 1 << 24
 _STEPS = 8
 _MAX_DROP = 24 * _STEPS - 1
 _MANTISSAS = np.array(
@@ -55,11 +55,17 @@ def quantize(counts: Integers) -> Integers:
     return drops.clip(max=_MAX_DROP)
 
 
+def weights(drops: Integers) -> Integers:
+    """What frequencies are proportional to."""
+    found: Integers = _MANTISSAS[drops % _STEPS] >> (drops // _STEPS)
+    return found
+
+
 def frequencies(drops: Integers) -> Integers:
     """Frequencies out of 2^24, each at least 1 and exactly 2^24 together."""
-    weights = _MANTISSAS[drops % _STEPS] >> (drops // _STEPS)
-    found: Integers = 1 + weights * (_TOTAL - len(drops)) // weights.sum()
-    found[0] += _TOTAL - found.sum()
+    relative = weights(drops)
+    found: Integers = 1 + relative * (TOTAL - len(drops)) // relative.sum()
+    found[0] += TOTAL - found.sum()
     return found
 
 
@@ -71,33 +77,35 @@ def write_drops(drops: Integers) -> bytes:
     return np.packbits(bits, bitorder="little").tobytes()
 
 
-def read_drops(encoded: bytes, n_symbols: int) -> Integers:
-    """The reverse of `write_drops`.
+def read_drops(encoded: bytes, n_symbols: int) -> tuple[Integers, int]:
+    """The reverse of `write_drops`, from the beginning of some bytes; and how many it took.
 
     Raises:
-        ValueError: if the bits are not exactly a table of ``n_symbols``.
+        ValueError: if the bits begin with no table of ``n_symbols``.
     """
-    ones = np.flatnonzero(np.unpackbits(np.frombuffer(encoded, np.uint8), bitorder="little"))
-    length = ones[-1] // 8 + 1 if len(ones) else 0
-    if len(ones) != n_symbols - 1 or length != len(encoded):
+    longest = (n_symbols + _MAX_DROP) // 8 + 1
+    bits = np.unpackbits(np.frombuffer(encoded[:longest], np.uint8), bitorder="little")
+    ones = np.flatnonzero(bits)[: n_symbols - 1]
+    length = int(ones[-1]) // 8 + 1 if len(ones) else 0
+    if len(ones) != n_symbols - 1 or (length and bits[ones[-1] + 1 : 8 * length].any()):
         raise ValueError(f"its frequency table is not one of {n_symbols} symbols")
     drops = np.concatenate([[0], ones - np.arange(len(ones))]).astype(np.int64)
     if drops[-1] > _MAX_DROP:
         raise ValueError(f"its frequency table falls by {drops[-1]} steps, at most {_MAX_DROP}")
-    return drops
+    return drops, length
 
 
-def encode(blocks: Iterable[Symbols], drops: Integers) -> npt.NDArray[np.uint32]:
-    """Code symbols that come in blocks, **the last block first** (the coder is a stack).
+def encode(parts: Iterable[tuple[Symbols, Integers]]) -> npt.NDArray[np.uint32]:
+    """Code symbols with their frequencies, **the last part first** (the coder is a stack).
 
     Returns:
         The coder's 32-bit words: none where there is but one symbol, or one message of it.
     """
     coder = constriction().stream.stack.AnsCoder()
-    if len(drops) > 1:
-        model = _model(frequencies(drops))
-        for block in blocks:
-            coder.encode_reverse(block, model)
+    models = _Models()
+    for symbols, found in parts:
+        if len(found) > 1:
+            coder.encode_reverse(symbols, models.of(found))
     words: npt.NDArray[np.uint32] = coder.get_compressed()
     return words
 
@@ -109,16 +117,16 @@ class Decoder:
         ValueError: if no message ends in these words.
     """
 
-    def __init__(self, words: npt.NDArray[np.uint32], drops: Integers) -> None:
+    def __init__(self, words: npt.NDArray[np.uint32]) -> None:
         self._coder = constriction().stream.stack.AnsCoder(words)
-        self._model = _model(frequencies(drops)) if len(drops) > 1 else None
+        self._models = _Models()
 
-    def take(self, n: int) -> Symbols:
-        """The next ``n`` symbols; any words decode to some, so check `finish`."""
-        if self._model is None:
+    def take(self, n: int, found: Integers) -> Symbols:
+        """The next ``n`` symbols of these frequencies; any words decode to some: see `finish`."""
+        if len(found) == 1:
             return np.zeros(n, np.int32)
-        found: Symbols = self._coder.decode(self._model, n)
-        return found
+        symbols: Symbols = self._coder.decode(self._models.of(found), n)
+        return symbols
 
     def finish(self) -> None:
         """Check that the message ends here.
@@ -128,6 +136,19 @@ class Decoder:
         """
         if not self._coder.is_empty():
             raise ValueError("its coded indices do not end with its last weight")
+
+
+class _Models:
+    """Each table's model once, though it serves in many blocks."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Integers, Any]] = {}
+
+    def of(self, found: Integers) -> Any:
+        key = id(found)
+        if key not in self._made:  # kept with its table, whose identity so stays its own
+            self._made[key] = found, _model(found)
+        return self._made[key][1]
 
 
 @functools.cache

@@ -5,8 +5,9 @@ tensor coded in the way that makes it smallest. So the file of a clustered model
 stripped model are the same, and it depends on nothing that training keeps (latent weights,
 configurations); `torchclust.restore_` and a checkpoint are for going on with training.
 
-In: a model. `tensors` says what is stored and what is known of it, `search` chooses how, `coding`
-and `entropy` make bytes of it, `record` and `sections` (checksums) the file. Out: a file; and back.
+In: a model. `tensors` says what is stored and what is known of it, `search` chooses how, `coding`,
+`contexts` and `entropy` make bytes of it, `contents` and `sections` (checksums) the file. Out: a
+file; and back.
 The format is specified byte by byte in ``docs/packed-format.md``.
 """
 
@@ -25,10 +26,13 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torchclust.model.cluster import strip_
-from torchclust.packing.coding import Layout, Sparse, encode_rows, literals
+from torchclust.packing.coding import Layout, Sparse, encode_rows, literals, symbols_of
+from torchclust.packing.contents import write_contents
+from torchclust.packing.contexts import find_contexts
 from torchclust.packing.dtypes import dtype_of, to_bits
 from torchclust.packing.entropy import constriction, entropy
-from torchclust.packing.record import Header, Record, read_records, write_header
+from torchclust.packing.header import Header
+from torchclust.packing.record import Record, read_records
 from torchclust.packing.search import choose
 from torchclust.packing.sections import PackedFileError, SectionWriter
 from torchclust.packing.size import PackedSize, packed_size
@@ -73,8 +77,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> PackedSize:
     tensors = tensors_of(model)
     with _replacing(Path(path)) as file:
         writer = SectionWriter(file, len(tensors))
-        for tensor in tensors:
-            _write_tensor(writer, tensor)
+        records = [_write_tensor(writer, tensor) for tensor in tensors]
+        writer.finish(write_contents(records))
     return packed_size(path)
 
 
@@ -137,27 +141,33 @@ def load_packed_file_(model: ModuleT, file: BinaryIO) -> ModuleT:
     return model
 
 
-def _write_tensor(writer: SectionWriter, tensor: ModelTensor) -> None:
+def _write_tensor(writer: SectionWriter, tensor: ModelTensor) -> tuple[Header, int]:
+    """Write a tensor's data; return its header, and how many bytes they are."""
     value = tensor.value()
     dtype = dtype_of(value)
     assert dtype is not None
     bits, shape = to_bits(value), tuple(value.shape)
     chosen = choose(bits, dtype, Layout(shape, tensor.axis), tensor.hint())
-    layout = Layout(shape, 0 if chosen.coding is None else tensor.axis)
-    bits_per_symbol = entropy(chosen.counts)
-    header = Header(tensor.names, dtype, layout, chosen.coding, bits_per_symbol, chosen.zeros)
-    encoded = write_header(header)
-    writer.write(len(encoded), [encoded])
     stored = dtype.bits.newbyteorder("<")
     if chosen.coding is None:
         raw = bits.astype(stored, copy=False).view(np.uint8).data
         writer.write(len(raw), [raw])
-        return
-    words = encode_rows(chosen.coding, bits, layout).astype("<u4", copy=False).tobytes()
+        return Header(tensor.names, dtype, Layout(shape)), len(raw)
+    layout = Layout(shape, tensor.axis)
+    symbols = symbols_of(chosen.coding, bits, layout)
+    contexts, classes = find_contexts(symbols, chosen.counts)
+    coded = encode_rows(chosen.coding, symbols, contexts, classes, layout)
+    words = coded.astype("<u4", copy=False).tobytes()
     n_literals = chosen.coding.n_literals if isinstance(chosen.coding, Sparse) else 0
     blocks = literals(bits, dtype, layout) if n_literals else iter(())
     parts = (block.astype(stored, copy=False).tobytes() for block in blocks)
-    writer.write(n_literals * dtype.unit + len(words), _then(parts, words))
+    length = n_literals * dtype.unit + len(words)
+    writer.write(length, _then(parts, words))
+    bits_per_symbol = entropy(chosen.counts)
+    header = Header(
+        tensor.names, dtype, layout, chosen.coding, contexts, bits_per_symbol, chosen.zeros
+    )
+    return header, length
 
 
 def _then(parts: Iterator[bytes], last: bytes) -> Iterator[bytes]:

@@ -22,7 +22,7 @@ from torchclust.packing.coding import (
     products,
 )
 from torchclust.packing.dtypes import Bits, Dtype
-from torchclust.packing.entropy import MAX_SYMBOLS, Integers, entropy, quantize
+from torchclust.packing.entropy import MAX_SYMBOLS, Integers, entropy
 from torchclust.packing.scales import is_safe_scale, recover_scales
 
 _MAX_ENTRIES = 1 << 18  # values by row that a tally may hold whatever the tensor's size
@@ -89,6 +89,7 @@ def choose(bits: Bits, dtype: Dtype, layout: Layout, hint: Hint) -> Choice:
     found = [raw]
     if whole is not None:
         found.append(_codebooks(whole, dtype, layout, max(1, layout.n_rows)))
+        found += _recovered(whole, dtype, 1, max(1, layout.n_rows))
     if of_code is not None and hint.codes is not None and hint.scales is not None:
         found.append(_codes(of_code, hint.codes, hint.scales, dtype))
     elif by_book is not None and layout.n_rows > 1:
@@ -105,19 +106,24 @@ def _searched(
     width = np.bincount(by_book.book).max()
     if whole is not None and len(whole.value) <= width:
         return  # one book serves all channels, and one channel needs it all
-    if step == 1 and dtype.is_scalable:
-        recovered = recover_scales(by_book.book, by_book.value, dtype, layout.n_rows)
-        if recovered is not None:
-            scales, code = recovered
-            counts = np.bincount(code + 128, weights=by_book.count, minlength=256)
-            codes = np.arange(-128, 128).astype(np.int8)
-            yield _codes(counts.astype(np.int64), codes, scales, dtype)
+    if step == 1:
+        yield from _recovered(by_book, dtype, layout.n_rows, 1)
     while True:
         yield _codebooks(by_book, dtype, layout, step)
         step *= 2
         if step >= layout.n_rows:
             return
         by_book = by_book.coarser(2)
+
+
+def _recovered(tally: Tally, dtype: Dtype, n_scales: int, rows_per_scale: int) -> Iterator[Choice]:
+    """Integer codes and scales, if the values are their products."""
+    found = recover_scales(tally.book, tally.value, dtype, n_scales) if dtype.is_scalable else None
+    if found is not None:
+        scales, code = found
+        counts = np.bincount(code + 128, weights=tally.count, minlength=256).astype(np.int64)
+        codes = np.arange(-128, 128).astype(np.int8)
+        yield _codes(counts, codes, scales, dtype, rows_per_scale)
 
 
 def _codebooks(tally: Tally, dtype: Dtype, layout: Layout, rows_per_book: int) -> Choice:
@@ -135,19 +141,25 @@ def _codebooks(tally: Tally, dtype: Dtype, layout: Layout, rows_per_book: int) -
         return Choice(None, counts[:0], np.inf, 0)
     books = np.repeat(value[rank == 0][:, None], len(counts), axis=1)
     books[book, rank] = value
-    coding = Codebooks(quantize(counts), books, rows_per_book)
+    coding = Codebooks(books, rows_per_book)
     magnitude = value & dtype.bits.type((1 << 8 * dtype.unit - 1) - 1)
     zeros = int(count[(magnitude if dtype.is_scalable else value) == 0].sum())
     return Choice(coding, counts, _cost(counts, 8 * books.nbytes), zeros)
 
 
-def _codes(counts: Integers, codes: npt.NDArray[np.int8], scales: Bits, dtype: Dtype) -> Choice:
+def _codes(
+    counts: Integers,
+    codes: npt.NDArray[np.int8],
+    scales: Bits,
+    dtype: Dtype,
+    rows_per_scale: int = 1,
+) -> Choice:
     """Integer codes by falling count; those that do not occur are left out."""
     used = counts > 0
     counts, codes = counts[used], codes[used]
     order = np.lexsort((codes, -counts))
     counts, codes = counts[order], codes[order]
-    coding = Codes(quantize(counts), codes, scales, dtype)
+    coding = Codes(codes, scales, dtype, rows_per_scale)
     side = 8 * (codes.nbytes + scales.nbytes)
     return Choice(coding, counts, _cost(counts, side), int(counts[codes == 0].sum()))
 
@@ -164,7 +176,7 @@ def _sparse(bits: Bits, dtype: Dtype, layout: Layout) -> Iterator[Choice]:
         return
     order = np.argsort(-tallied, kind="stable")[: np.count_nonzero(tallied)]
     counts, meanings = tallied[order], (order - 1).astype(np.int8)
-    coding = Sparse(quantize(counts), meanings, int(tallied[2]), dtype)
+    coding = Sparse(meanings, int(tallied[2]), dtype)
     side = 8 * (8 + len(counts) + tallied[2] * dtype.unit)
     yield Choice(coding, counts, _cost(counts, side), int(tallied[0] + tallied[1]))
 

@@ -1,8 +1,10 @@
 """The container of a packed file: a magic number, then sections chained by their checksums.
 
-A section is its length, its bytes and a BLAKE2b checksum of both, keyed with the checksum before
-it. So a section that is damaged, missing, moved or taken from another file is found out, and the
-data of one can be skipped without losing the chain. Nothing here knows what sections mean.
+A section is its bytes and a BLAKE2b checksum of their number and of them, keyed with the checksum
+before it. So a section that is damaged, missing, moved or taken from another file is found out, and
+the data of one can be skipped without losing the chain. The last section tells the lengths of the
+others and is found from the end of the file; in version 1 each has its length in front. Nothing
+here knows what else sections mean.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import BinaryIO
 MAGIC = b"\x89TCP\r\n\x1a\n"
 """As PNG's: not text, and a transfer that changes line ends or drops the eighth bit shows."""
 
-VERSION = 1
+VERSION = 2
 _DIGEST = 8
 _CHUNK = 1 << 20
 _PROLOGUE = struct.Struct("<8sHI")
@@ -41,11 +43,9 @@ class SectionWriter:
         self._digest = hashlib.blake2b(prologue, digest_size=_DIGEST).digest()
         file.write(prologue + self._digest)
 
-    def write(self, length: int, parts: Iterable[bytes | memoryview]) -> int:
-        """Write one section whose parts are ``length`` bytes together; return its size in all."""
-        prefix = _LENGTH.pack(length)
-        digest = hashlib.blake2b(prefix, digest_size=_DIGEST, key=self._digest)
-        self._file.write(prefix)
+    def write(self, length: int, parts: Iterable[bytes | memoryview]) -> None:
+        """Write one section whose parts are ``length`` bytes together."""
+        digest = hashlib.blake2b(_LENGTH.pack(length), digest_size=_DIGEST, key=self._digest)
         written = 0
         for part in parts:
             digest.update(part)
@@ -55,7 +55,11 @@ class SectionWriter:
             raise AssertionError(f"a section of {length} bytes got {written}")
         self._digest = digest.digest()
         self._file.write(self._digest)
-        return _LENGTH.size + length + _DIGEST
+
+    def finish(self, contents: bytes) -> None:
+        """Write the last section, with its length behind."""
+        self.write(len(contents), [contents])
+        self._file.write(_LENGTH.pack(len(contents)))
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Section:
     Attributes:
         start: where its content begins.
         length: of the content, in bytes; the file is long enough for it.
-        size: what it takes in the file, with length and checksum.
+        size: what it takes in the file, with its checksum (of version 1, its length too).
     """
 
     start: int
@@ -106,6 +110,7 @@ class SectionReader:
         file: open for reading in binary, seekable.
 
     Attributes:
+        version: of the format.
         n_records: as the prologue declares it.
 
     Raises:
@@ -122,18 +127,47 @@ class SectionReader:
         digest = file.read(_DIGEST)
         if len(prologue) + len(digest) < _PROLOGUE.size + _DIGEST:
             raise PackedFileError(f"it ends after {self._end} bytes, within its prologue")
-        _, version, self.n_records = _PROLOGUE.unpack(prologue)
+        _, self.version, self.n_records = _PROLOGUE.unpack(prologue)
         if digest != hashlib.blake2b(prologue, digest_size=_DIGEST).digest():
             raise PackedFileError("its prologue does not match its checksum")
-        if version != VERSION:
+        if not 1 <= self.version <= VERSION:
             raise PackedFileError(
-                f"it has format version {version} and this torchclust reads {VERSION}:  "
+                f"it has format version {self.version} and this torchclust reads {VERSION}:  "
                 f"pip install --upgrade torchclust"
             )
         self._digest, self._position = digest, file.tell()
 
+    def last(self, what: str) -> Section:
+        """The section at the end, which tells of the others; ``what`` names it in messages."""
+        at = self._end - _LENGTH.size
+        if at < self._position + _DIGEST:
+            raise PackedFileError(f"it ends after {self._end} bytes, before {what}")
+        self._file.seek(at)
+        (length,) = _LENGTH.unpack(self._file.read(_LENGTH.size))
+        start = at - _DIGEST - length
+        if start < self._position:
+            raise PackedFileError(f"it is incomplete: {what} at its end does not fit into it")
+        self._file.seek(start - _DIGEST)
+        key = self._file.read(_DIGEST)
+        self._file.seek(start + length)
+        digest = self._file.read(_DIGEST)
+        self._end = start
+        return Section(start, length, length + _DIGEST + _LENGTH.size, key, digest)
+
+    def skip(self, length: int, what: str) -> Section:
+        """The section of that length that comes now; ``what`` names it in messages."""
+        start = self._position
+        end = start + length + _DIGEST
+        if end > self._end:
+            raise PackedFileError(f"{what} are {length} bytes, which are not there")
+        self._file.seek(start + length)
+        digest = self._file.read(_DIGEST)
+        section = Section(start, length, length + _DIGEST, self._digest, digest)
+        self._digest, self._position = digest, end
+        return section
+
     def next(self, what: str) -> Section:
-        """The section that comes now, by position only; ``what`` names it in messages."""
+        """Of version 1, the section that comes now; ``what`` names it in messages."""
         self._file.seek(self._position)
         prefix = self._file.read(_LENGTH.size)
         length = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else 0

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchclust.packing.entropy import entropy
-from torchclust.packing.record import Header, Record, read_records
+from torchclust.packing.header import Header
+from torchclust.packing.record import Record, read_records
 from torchclust.packing.sections import PackedFileError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class PackedRow:
         name: of the tensor in the state dict; the first, where it is tied.
         shape: of the tensor.
         dtype: torch's name of it.
-        kind: ``"codebook"`` (float values), ``"codes"`` (int8 codes and channel scales),
+        kind: ``"codebook"`` (float values), ``"codes"`` (int8 codes and scales),
             ``"sparse"`` (zeros coded, the rest as it is) or ``"raw"``.
         n_clusters: entries of a codebook, of codes 0 included; None for sparse and raw.
         bytes: in the file, with name, codebooks and checksums.
@@ -41,7 +42,8 @@ class PackedRow:
         entropy_bits: empirical entropy of the indices, bits per weight; None for raw.
         eq1_bits: Deep Compression, Eq. 1, in bits per weight: ``log2 k`` and the codebooks' share;
             the dtype's width without a codebook.
-        bound: bytes that the indices' entropy and the codebooks or raw values come to.
+        bound: bytes that the indices' entropy and the codebooks or raw values come to; or the
+            coded indices, if these are smaller.
         zeros: share of elements that are zero; None for raw.
     """
 
@@ -85,7 +87,11 @@ class PackedSize:
 
     @property
     def entropy_bound(self) -> int:
-        """Bytes below which no code of single indices gets: entropy, codebooks, raw tensors."""
+        """Bytes of the entropy of the indices, codebooks and raw tensors.
+
+        No code of single indices gets below; where rows and columns that hold little make an index
+        cheaper than that, it is what they take.
+        """
         return math.ceil(sum(row.bound for row in self.rows))
 
     @property
@@ -179,7 +185,9 @@ def _row(record: Record) -> PackedRow:
     has_book = header.kind in ("codebook", "codes")
     eq1 = math.log2(k) + 8 * side / per_weight if k is not None and has_book else float(width)
     stored = side - header.saved_bytes
-    bound = header.entropy_bits * n / 8 + stored if k is not None else n * width / 8
+    literals = side if header.kind == "sparse" else 0
+    coded = min(header.entropy_bits * n / 8, float(record.data.length - literals))
+    bound = coded + stored if k is not None else n * width / 8
     return PackedRow(
         name=header.names[0],
         shape=header.layout.shape,
