@@ -20,6 +20,7 @@ from torchclust.packing.entropy import Integers
 
 _LARGEST = 127
 _NUDGES = (0, 1, -1, 2, -2)  # units in the last place between largest / code and the scale
+_FIRST = 4  # values of a row that are tried before all of them
 _SAMPLE = 32  # rows that choose a codebook for all
 _MOST_WORK = 10**8  # products to try for one tensor: seconds
 
@@ -150,14 +151,18 @@ def _options(rows: _Rows, which: int) -> list[tuple[frozenset[int], np.unsignedi
     """What a row may be, small codes first: its set of codes, its scale, and its codes."""
     start, n = rows.start[which], rows.sizes[which]
     code = np.arange(1, _LARGEST + 1).repeat(len(_NUDGES))
-    trial = np.arange(len(code)).repeat(n)
-    bits = np.tile(rows.bits[start : start + n], len(code))
-    trials = _Rows(trial, bits, _starts(trial), trial, rows.dtype)
-    scales, codes, exact = trials.fit(code, np.tile(np.array(_NUDGES), _LARGEST))
-    whole = exact.reshape(-1, n).all(1)
+    nudge = np.tile(np.array(_NUDGES), _LARGEST)
+    for some in sorted({min(n, _FIRST), n}):  # the first few values refuse nearly all that fail
+        bits = rows.bits[start : start + some]
+        trial = np.arange(len(code)).repeat(some)
+        trials = _Rows(trial, np.tile(bits, len(code)), _starts(trial), trial, rows.dtype)
+        scales, codes, exact = trials.fit(code, nudge)
+        codes, whole = codes.reshape(-1, some), exact.reshape(-1, some).all(1)
+        code, nudge, scales, codes = code[whole], nudge[whole], scales[whole], codes[whole]
+        if not len(code):
+            return []
     found = {
-        frozenset(row.tolist()): (scale, row)
-        for scale, row in zip(scales[whole], codes.reshape(-1, n)[whole], strict=True)
+        frozenset(row.tolist()): (scale, row) for scale, row in zip(scales, codes, strict=True)
     }
     return [(codebook, *rest) for codebook, rest in found.items()]
 
