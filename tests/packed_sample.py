@@ -58,8 +58,10 @@ class Emptied(Sample):
 
     def __init__(self) -> None:
         super().__init__()
+        self.sparse.weight.data.div_(3)  # so that literals do not deflate
         kept = (torch.arange(40) % 4 > 1)[:, None] & (torch.arange(50) % 3 > 0)
         self.register_buffer("emptied", (ramp(40, 50) % 9 - 4).sqrt().nan_to_num() * kept)
+        self.register_buffer("short", torch.arange(1.0, 61.0).sqrt().mul(64).round() / 256)
         self.register_buffer("even", (ramp(30, 20) % 7 - 3) * torch.tensor(0.3))
 
 

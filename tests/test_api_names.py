@@ -74,6 +74,7 @@ PENDING_PARAMETERS: tuple[str, ...] = ()
 BEYOND_NAMES = {
     "torchclust": {
         "charge_": "the price of bits in a training loop of one's own",
+        "round_mantissas_": "biases and norms at the precision that a packed file needs",
     },
     "torchclust.lightning": {
         "Options": "the typed `**options`, so that LightningCLI reads them from YAML",

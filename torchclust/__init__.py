@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torchclust.model.clustering import Clustering, is_clustered, named_clusterings
     from torchclust.model.restore import restore_
     from torchclust.model.summary import Summary, summary
+    from torchclust.packing.mantissas import round_mantissas_
     from torchclust.packing.pack import load_packed_, save_packed
     from torchclust.packing.sections import PackedFileError
     from torchclust.packing.size import PackedSize
@@ -40,6 +41,7 @@ __all__ = [
     "named_clusterings",
     "refit_",
     "restore_",
+    "round_mantissas_",
     "save_packed",
     "strip_",
     "summary",
@@ -54,6 +56,7 @@ _HOMES = {
     "model.clustering": ("Clustering", "is_clustered", "named_clusterings"),
     "model.restore": ("restore_",),
     "model.summary": ("Summary", "summary"),
+    "packing.mantissas": ("round_mantissas_",),
     "packing.pack": ("load_packed_", "save_packed"),
     "packing.sections": ("PackedFileError",),
     "packing.size": ("PackedSize",),

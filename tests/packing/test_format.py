@@ -32,7 +32,7 @@ from torchclust.packing.sections import PackedFileError
 HERE = Path(__file__).parent
 VECTORS: dict[int, tuple[type[Sample], str]] = {
     1: (Sample, "ed4cb6d57bd0999c5a851ef9bcd322fe105e5d17f7e28d18b92046de2531868d"),
-    2: (Emptied, "ecaa28b5b4c2783e7b20affed3f526ac5aed7091bdaeb3a2ce0066da3bfeeb0d"),
+    2: (Emptied, "640ecad6da6fd06ea71a3e6f50f4a701a386f890dd98d343005fa8d6dab472f9"),
 }
 Readers = dict[int, Callable[[bytes], dict[str, tuple[int, tuple[int, ...], list[int]]]]]
 both = pytest.mark.parametrize("version", VECTORS)
@@ -142,6 +142,7 @@ def test_the_vectors_load_for_ever(readers: Readers, version: int) -> None:
         assert units == to_bits(tensor).tolist(), name
     headers = [record.header for record in read_records(io.BytesIO(content))]
     assert {header.kind for header in headers} == {"raw", "codebook", "codes", "sparse"}
+    assert any(header.squeezed for header in headers) == (version > 1)
     contexts = [header.contexts.shares.shape for header in headers if header.contexts is not None]
     assert (max(contexts) == (2, 2)) == (version > 1), "and rows and columns in classes"
 
@@ -386,7 +387,7 @@ def test_fuzz_with_checksums_that_hold(version: int) -> None:
         outcome = outcome_of(damaged_but_signed(version, chance), model)
         outcomes[outcome] += 1
         assert outcome == "loaded" or values(model) == before, "refused files leave the model alone"
-    assert min(outcomes.values()) > 20, outcomes
+    assert min(outcomes.values()) > 10, outcomes
 
 
 def head(shape: tuple[int, ...], kind: int = 1, dtype: int = 0, axis: int = 0) -> bytes:
@@ -485,7 +486,13 @@ MALFORMED_2 = {
     "more fields": (fields(kind=0, length=320) + b"x", b"", bytes(320),
                     PackedFileError, "1 bytes too many"),
     "more apart": (fields(kind=0, length=320), b"x", bytes(320), PackedFileError, "1 bytes too"),
-    "a kind": (fields(kind=4), b"", b"", PackedFileError, "is malformed: invalid kind 4"),
+    "a kind": (fields(kind=5), b"", b"", PackedFileError, "is malformed: invalid kind 5"),
+    "a plane of another length": (fields((3,), 4, 5, length=3), b"", b"\2\3\0", PackedFileError,
+                                  "the data of 'a': it inflates to 0 bytes, not 3"),
+    "a plane too few": (fields((3,), 4, 2, length=4), b"", b"\3abc", PackedFileError,
+                        "1 bytes expected, 0 left"),
+    "more than planes": (fields((3,), 4, 5, length=5), b"", b"\3abcd", PackedFileError,
+                         "1 bytes follow its last plane"),
     "an element type": (fields(dtype=17), b"", b"", PackedFileError, "invalid element type 17"),
     "an axis": (fields(axis=1), b"", b"", PackedFileError, "invalid channel dimension 1 of 1"),
     "no names": (bytes(3) + b"\0\0\0", b"", b"", PackedFileError, "invalid names"),
@@ -522,11 +529,13 @@ def test_malformed_contents_but_signed(case: str) -> None:
     said, apart, data, error, message = MALFORMED_2[case]
     model = nn.Module()
     dtype = DTYPES[said[1]].torch if said[1] < len(DTYPES) else torch.float32
-    model.register_buffer("a", torch.zeros(80, dtype=dtype))
+    model.register_buffer("a", torch.zeros(3 if said[0] == 4 else 80, dtype=dtype))
     refused_early(assemble_2([data], said, apart), model, error, message)
 
 
 def refused_early(content: bytes, model: nn.Module, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):  # what only a first time allocates
+        load(content, model)
     tracemalloc.start()
     with pytest.raises(error, match=message):
         load(content, model)

@@ -21,6 +21,7 @@ from torchclust.packing.entropy import MAX_SYMBOLS, Integers, read_drops, write_
 from torchclust.packing.header import KINDS, Header, check_coded, checked, require
 from torchclust.packing.planes import deflated, inflated, join, split
 
+_SQUEEZED = len(KINDS)  # the number of a raw tensor that is stored plane by plane
 _LARGEST_RATIO = 1040  # DEFLATE makes nothing smaller than by this
 
 
@@ -71,7 +72,8 @@ def read_contents(encoded: bytes, n_records: int) -> list[Entry]:
 def _write(header: Header, length: int) -> tuple[bytes, bytes]:
     """One header's fields, and the bytes that stand apart."""
     layout, coding, contexts = header.layout, header.coding, header.contexts
-    kind, dtype = KINDS.index(header.kind), DTYPES.index(header.dtype)
+    kind = _SQUEEZED if header.squeezed else KINDS.index(header.kind)
+    dtype = DTYPES.index(header.dtype)
     names = [name.encode() for name in header.names]
     fields = [
         bytes([kind, dtype, len(layout.shape), layout.axis]),
@@ -116,14 +118,14 @@ def _read(fields: Cursor, apart: Cursor) -> tuple[Header, int]:
     names = tuple(fields.take(fields.number()).decode() for _ in range(fields.number()))
     shape = tuple(fields.number() for _ in range(n_dims))
     length = fields.number()
-    require(kind < len(KINDS), f"kind {kind}")
+    require(kind <= _SQUEEZED, f"kind {kind}")
     require(kind_of_element < len(DTYPES), f"element type {kind_of_element}")
     require(axis < max(1, n_dims), f"channel dimension {axis} of {n_dims}")
     require(0 < len(names) == len(set(names)), "names")
     layout, dtype = Layout(shape, axis), DTYPES[kind_of_element]
-    if kind == KINDS.index("raw"):
+    if kind in (KINDS.index("raw"), _SQUEEZED):
         require(axis == 0, f"channel dimension {axis} of raw data")
-        return Header(names, dtype, layout), length
+        return Header(names, dtype, layout, squeezed=kind == _SQUEEZED), length
     zeros, entropy_bytes, k = fields.number(), fields.number(), fields.number() + 1
     require(k <= MAX_SYMBOLS, f"{k} symbols")
     entropy_bits = 8 * entropy_bytes / max(1, layout.n_elements)

@@ -24,6 +24,7 @@ class Header:
         contexts: how often its symbols occur; None for raw.
         entropy_bits: of its symbols, per element; for reports only, as `zeros` is.
         zeros: elements that are zero.
+        squeezed: whether a raw tensor is stored plane by plane (`torchclust.packing.planes`).
     """
 
     names: tuple[str, ...]
@@ -33,6 +34,7 @@ class Header:
     contexts: Contexts | None = None
     entropy_bits: float = 0.0
     zeros: int = 0
+    squeezed: bool = False
 
     @property
     def kind(self) -> str:

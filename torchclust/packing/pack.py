@@ -32,11 +32,14 @@ from torchclust.packing.contexts import find_contexts
 from torchclust.packing.dtypes import dtype_of, to_bits
 from torchclust.packing.entropy import constriction, entropy
 from torchclust.packing.header import Header
+from torchclust.packing.planes import squeezed
 from torchclust.packing.record import Record, read_records
 from torchclust.packing.search import choose
 from torchclust.packing.sections import PackedFileError, SectionWriter
 from torchclust.packing.size import PackedSize, packed_size
 from torchclust.packing.tensors import ModelTensor, tensors_of
+
+_SQUEEZED_UP_TO = 1 << 16  # elements: larger tensors that are not clustered would take seconds
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -45,7 +48,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> PackedSize:
     """Write a model's parameters and buffers into one file, close to their entropy.
 
     Clustered, stripped and pruned weights are recognised by their values and become codebooks (or
-    int8 codes and scales) and entropy-coded indices; everything else is stored as it is. The model
+    int8 codes and scales) and entropy-coded indices; everything else is stored as it is
+    (`torchclust.round_mantissas_` makes biases and norms smaller before). The model
     stays unchanged. Tensors are coded one after the other, so beside the model at most twice the
     largest one is needed. The file appears at once when it is complete: a write that dies leaves
     the old one.
@@ -147,12 +151,15 @@ def _write_tensor(writer: SectionWriter, tensor: ModelTensor) -> tuple[Header, i
     dtype = dtype_of(value)
     assert dtype is not None
     bits, shape = to_bits(value), tuple(value.shape)
-    chosen = choose(bits, dtype, Layout(shape, tensor.axis), tensor.hint())
     stored = dtype.bits.newbyteorder("<")
+    raw: bytes | memoryview = bits.astype(stored, copy=False).view(np.uint8).data
+    small = squeezed(bits) if bits.size <= _SQUEEZED_UP_TO else b""
+    is_small = bool(small) and len(small) < len(raw)
+    raw = small if is_small else raw
+    chosen = choose(bits, dtype, Layout(shape, tensor.axis), tensor.hint(), len(raw))
     if chosen.coding is None:
-        raw = bits.astype(stored, copy=False).view(np.uint8).data
         writer.write(len(raw), [raw])
-        return Header(tensor.names, dtype, Layout(shape)), len(raw)
+        return Header(tensor.names, dtype, Layout(shape), squeezed=is_small), len(raw)
     layout = Layout(shape, tensor.axis)
     symbols = symbols_of(chosen.coding, bits, layout)
     contexts, classes = find_contexts(symbols, chosen.counts)

@@ -1,7 +1,7 @@
-"""Elements as planes of bytes: the highest bytes, which deflate, apart from the others.
+"""Elements as planes of bytes: the highest bytes of all, then the next ones, to the lowest.
 
-A float's highest byte is its sign and most of its exponent, of which a codebook and channels'
-scales hold few different ones; the other bytes are as good as random.
+A float's highest byte is its sign and most of its exponent, of which a tensor holds few different
+ones; it deflates. The other bytes are as good as random, if they have not been rounded away.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import zlib
 
 import numpy as np
 
+from torchclust.packing.cursor import Cursor, number
 from torchclust.packing.dtypes import Bits
 
 _RAW_DEFLATE = -15  # RFC 1951, without zlib's header and checksum
@@ -49,4 +50,39 @@ def join(top: bytes, rest: bytes, dtype: np.dtype[np.unsignedinteger]) -> Bits:
     lower = np.frombuffer(rest, np.uint8).reshape(len(top), dtype.itemsize - 1)
     planes = np.column_stack([lower, np.frombuffer(top, np.uint8)])
     found: Bits = np.ascontiguousarray(planes).view(dtype.newbyteorder("<"))[:, 0].astype(dtype)
+    return found
+
+
+def squeezed(elements: Bits) -> bytes:
+    """Elements plane by plane from the highest, each deflated where that makes it smaller.
+
+    A plane is a number, how many bytes follow, and these bytes: as many as there are elements if
+    they are as they were.
+    """
+    stored = np.ascontiguousarray(elements, elements.dtype.newbyteorder("<"))
+    planes = stored.view(np.uint8).reshape(-1, stored.dtype.itemsize)
+    parts = []
+    for place in reversed(range(planes.shape[1])):
+        plane = planes[:, place].tobytes()
+        small = min(plane, deflated(plane), key=len)
+        parts += [number(len(small)), small]
+    return b"".join(parts)
+
+
+def unsqueezed(encoded: bytes, n: int, dtype: np.dtype[np.unsignedinteger]) -> Bits:
+    """The reverse of `squeezed`, for so many elements.
+
+    Raises:
+        ValueError: these are none of as many.
+    """
+    cursor, planes = Cursor(encoded), np.empty((n, dtype.itemsize), np.uint8)
+    for place in reversed(range(dtype.itemsize)):
+        plane = cursor.take(cursor.number())
+        plane = plane if len(plane) == n else inflated(plane, n)
+        if len(plane) != n:
+            raise ValueError(f"it inflates to {len(plane)} bytes, not {n}")
+        planes[:, place] = np.frombuffer(plane, np.uint8)
+    if cursor.left:
+        raise ValueError(f"{cursor.left} bytes follow its last plane")
+    found: Bits = planes.view(dtype.newbyteorder("<"))[:, 0].astype(dtype)
     return found

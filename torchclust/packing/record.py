@@ -13,6 +13,7 @@ from torchclust.packing.contents import read_contents
 from torchclust.packing.dtypes import Bits
 from torchclust.packing.header import Header
 from torchclust.packing.header_v1 import read_header
+from torchclust.packing.planes import unsqueezed
 from torchclust.packing.sections import PackedFileError, Section, SectionReader
 
 
@@ -35,6 +36,14 @@ class Record:
         """
         header, what = self.header, f"the data of {self.header.names[0]!r}"
         stored = header.dtype.bits.newbyteorder("<")
+        if header.squeezed:
+            n = header.layout.n_elements * header.dtype.units
+            try:
+                bits = unsqueezed(self.data.read(file, what), n, header.dtype.bits)
+            except ValueError as error:
+                raise _named(what, error) from None
+            yield slice(0, 1), slice(0, n), _checked(bits, header, what)[None]
+            return
         if header.coding is None or header.contexts is None:
             at = 0
             for chunk in self.data.chunks(file, what):
@@ -55,7 +64,7 @@ class Record:
             ):
                 yield rows, columns, _checked(bits, header, what)
         except ValueError as error:
-            raise PackedFileError(f"{what}: {error}") from None
+            raise _named(what, error) from None
 
 
 def read_records(file: BinaryIO) -> list[Record]:
@@ -69,7 +78,8 @@ def read_records(file: BinaryIO) -> list[Record]:
     names: set[str] = set()
     for record in (_read_version_1 if reader.version == 1 else _read)(reader, file):
         header, length = record.header, record.data.length
-        if header.coding is None and length != header.layout.n_elements * header.dtype.size:
+        plain = header.coding is None and not header.squeezed
+        if plain and length != header.layout.n_elements * header.dtype.size:
             raise PackedFileError(f"{header.names[0]!r} has another length than its data have")
         if names & set(header.names):
             raise PackedFileError(f"it holds {sorted(names & set(header.names))[0]!r} twice")
@@ -85,9 +95,7 @@ def _read(reader: SectionReader, file: BinaryIO) -> Iterator[Record]:
     try:
         entries = read_contents(contents.read(file, what), reader.n_records)
     except ValueError as error:
-        if isinstance(error, PackedFileError):
-            raise
-        raise PackedFileError(f"{what} is malformed: {error}") from None
+        raise _named(f"{what} is malformed", error) from None
     for entry in entries:
         data = reader.skip(entry.length, f"the data of {entry.header.names[0]!r}")
         yield Record(entry.header, data, data.size + entry.size)
@@ -100,6 +108,10 @@ def _read_version_1(reader: SectionReader, file: BinaryIO) -> Iterator[Record]:
         header = read_header(section.read(file, what), what)
         data = reader.next(f"the data of {header.names[0]!r}")
         yield Record(header, data, section.size + data.size)
+
+
+def _named(what: str, error: ValueError) -> PackedFileError:
+    return error if isinstance(error, PackedFileError) else PackedFileError(f"{what}: {error}")
 
 
 def _checked(bits: Bits, header: Header, what: str) -> Bits:

@@ -72,7 +72,9 @@ class Tally:
         return _merged(self.book // factor, self.value, self.count)
 
 
-def choose(bits: Bits, dtype: Dtype, layout: Layout, hint: Hint) -> Choice:
+def choose(
+    bits: Bits, dtype: Dtype, layout: Layout, hint: Hint, raw_bytes: int | None = None
+) -> Choice:
     """The cheapest exact coding of a tensor.
 
     Args:
@@ -80,8 +82,10 @@ def choose(bits: Bits, dtype: Dtype, layout: Layout, hint: Hint) -> Choice:
         dtype: its element type.
         layout: its shape and which dimension is the channels'.
         hint: what is known of it.
+        raw_bytes: what it takes as it is; None for the bytes of its elements.
     """
-    raw = Choice(None, np.zeros(0, np.int64), 8.0 * bits.nbytes, 0)
+    raw_bytes = bits.nbytes if raw_bytes is None else raw_bytes
+    raw = Choice(None, np.zeros(0, np.int64), 8.0 * raw_bytes, 0)
     if not bits.size or dtype.units > 1:
         return raw
     step = hint.rows_per_book or 1
