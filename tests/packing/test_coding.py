@@ -26,6 +26,7 @@ from torchclust.packing.entropy import (
     encode,
     entropy,
     frequencies,
+    model_of,
     quantize,
     read_drops,
     write_drops,
@@ -79,7 +80,7 @@ def test_symbols_come_back(k: int) -> None:
     symbols, counts = rank[symbols], counts[order]
     drops = quantize(counts)
     blocks = np.array_split(symbols, [1, 1, 7, 1000, 30_000])
-    table = frequencies(drops)
+    table = model_of(frequencies(drops))
     words = encode((block, table) for block in reversed(blocks))
     assert 4 * len(words) <= 1.001 * len(symbols) * entropy(counts) / 8 + 8 + 0.01 * k
     decoder = Decoder(words)
@@ -177,7 +178,8 @@ def test_contexts_cost_what_they_save(
     coding = Codebooks(np.zeros((1, len(used)), np.uint32), n_rows)
     layout = Layout((n_rows, n_columns))
     words = encode_rows(coding, symbols, contexts, classes, layout)
-    plain = encode([(symbols.reshape(-1).astype(np.int32), frequencies(quantize(counts)))])
+    whole = model_of(frequencies(quantize(counts)))
+    plain = encode([(symbols.reshape(-1).astype(np.int32), whole)])
     tables = 2 * contexts.shares.size + (contexts.shares.size > 1)
     assert 4 * len(words) + tables <= 4 * len(plain) + 2 + 8
 

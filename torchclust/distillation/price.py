@@ -35,9 +35,8 @@ class Price:
 
     def charge_(self) -> None:
         """Add the bits' gradient to that of the distance."""
-        for weight, latent, price in self.weights:
-            if latent.grad is not None:
-                weight.charge_(latent, 1.0, price)
+        for priced in self.weights:
+            priced.charge_(1.0)
 
     def due(self) -> float:
         """What all indices cost at present."""

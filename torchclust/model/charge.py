@@ -59,9 +59,7 @@ def charge_(
     if not 0 <= share <= 1:
         raise ValueError(f"share must be between 0 and 1, got {share}: it is of the whole price")
     for priced in priced_weights(model, parameters):
-        if priced.latent.grad is not None:
-            price = _LOSS_PER_VARIANCE * priced.price
-            priced.weight.charge_(priced.latent, share, price)
+        priced.charge_(share, _LOSS_PER_VARIANCE)
     return model
 
 
@@ -82,6 +80,11 @@ class PricedWeight(NamedTuple):
     weight: ClusteredWeight
     latent: Tensor
     price: float
+
+    def charge_(self, share: float, unit: float = 1.0) -> None:
+        """Add the bits' gradient to the latent weight's, if it has one; prices in these units."""
+        if self.latent.grad is not None:
+            self.weight.charge_(self.latent, share, unit * self.price)
 
 
 def priced_weights(

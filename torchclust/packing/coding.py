@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torchclust.packing.contexts import Classes, Contexts
 from torchclust.packing.dtypes import Bits, Dtype, to_bits, to_tensor
-from torchclust.packing.entropy import Decoder, Integers, Symbols, encode, frequencies
+from torchclust.packing.entropy import Decoder, Integers, Symbols, encode, frequencies, model_of
 
 BLOCK = 1 << 18
 
@@ -211,17 +211,17 @@ def encode_rows(
 ) -> npt.NDArray[np.uint32]:
     """The entropy-coded symbols of a tensor behind their classes, as 32-bit words."""
 
-    def parts() -> Iterator[tuple[Symbols, Integers]]:
-        tables = contexts.frequencies()
+    def parts() -> Iterator[tuple[Symbols, Any]]:
+        models = [model_of(table) for table in contexts.frequencies()]
         for rows, columns in reversed(layout.blocks(coding.width())):
             flat = symbols[rows, columns].reshape(-1)
             for number, places in reversed([*contexts.groups(classes, rows, columns)]):
-                yield flat[places].astype(np.int32), tables[number]
+                yield flat[places].astype(np.int32), models[number]
         for of, drops in (
             (classes.columns, contexts.column_drops),
             (classes.rows, contexts.row_drops),
         ):
-            yield of.astype(np.int32), frequencies(drops)
+            yield of.astype(np.int32), model_of(frequencies(drops))
 
     return encode(parts())
 
@@ -256,19 +256,19 @@ def decode_rows(
     decoder, used = Decoder(words), 0
     classes = Classes(
         *(
-            decoder.take(n, frequencies(drops)).astype(np.uint8)
+            decoder.take(n, model_of(frequencies(drops))).astype(np.uint8)
             for n, drops in (
                 (layout.n_rows, contexts.row_drops),
                 (layout.n_columns, contexts.column_drops),
             )
         )
     )
-    tables = contexts.frequencies()
+    models = [model_of(table) for table in contexts.frequencies()]
     for rows, columns in layout.blocks(coding.width()):
         shape = rows.stop - rows.start, columns.stop - columns.start
         symbols = np.empty(math.prod(shape), np.int32)
         for number, places in contexts.groups(classes, rows, columns):
-            symbols[places] = decoder.take(len(symbols[places]), tables[number])
+            symbols[places] = decoder.take(len(symbols[places]), models[number])
         symbols = symbols.reshape(shape)
         if not isinstance(coding, Sparse):
             yield rows, columns, coding.values(symbols, rows)

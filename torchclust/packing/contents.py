@@ -18,7 +18,7 @@ from torchclust.packing.contexts import MOST_CLASSES, Contexts
 from torchclust.packing.cursor import Cursor, number
 from torchclust.packing.dtypes import DTYPES, Bits, Dtype
 from torchclust.packing.entropy import MAX_SYMBOLS, Integers, read_drops, write_drops
-from torchclust.packing.header import KINDS, Header, check_coded, checked, require
+from torchclust.packing.header import KINDS, Header, check_coded, checked, described, require
 from torchclust.packing.planes import deflated, inflated, join, split
 
 _SQUEEZED = len(KINDS)  # the number of a raw tensor that is stored plane by plane
@@ -118,11 +118,7 @@ def _read(fields: Cursor, apart: Cursor) -> tuple[Header, int]:
     names = tuple(fields.take(fields.number()).decode() for _ in range(fields.number()))
     shape = tuple(fields.number() for _ in range(n_dims))
     length = fields.number()
-    require(kind <= _SQUEEZED, f"kind {kind}")
-    require(kind_of_element < len(DTYPES), f"element type {kind_of_element}")
-    require(axis < max(1, n_dims), f"channel dimension {axis} of {n_dims}")
-    require(0 < len(names) == len(set(names)), "names")
-    layout, dtype = Layout(shape, axis), DTYPES[kind_of_element]
+    layout, dtype = described(kind, _SQUEEZED, kind_of_element, shape, axis, names)
     if kind in (KINDS.index("raw"), _SQUEEZED):
         require(axis == 0, f"channel dimension {axis} of raw data")
         return Header(names, dtype, layout, squeezed=kind == _SQUEEZED), length

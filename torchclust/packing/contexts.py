@@ -104,15 +104,31 @@ def find_contexts(
     """
     other = symbols != 0
     n_rows, n_columns = other.shape
-    by_row, by_column = np.count_nonzero(other, axis=1), np.count_nonzero(other, axis=0)
-    one = Classes(np.zeros(n_rows, np.uint8), np.zeros(n_columns, np.uint8))
-    found = [one]
+    finest = Classes(np.zeros(n_rows, np.uint8), np.zeros(n_columns, np.uint8))
     if n_rows > 1 and n_columns > 1 and len(counts) > 1:
-        both = Classes(_classified(by_row, n_columns), _classified(by_column, n_rows))
-        found += [Classes(both.rows, one.columns), Classes(one.rows, both.columns), both]
-    tallied = [(classes, _tally(other, classes)) for classes in found]
-    classes, (inside, size) = min(tallied, key=lambda found: _bits(*found))
+        by_row, by_column = np.count_nonzero(other, axis=1), np.count_nonzero(other, axis=0)
+        finest = Classes(_classified(by_row, n_columns), _classified(by_column, n_rows))
+    tally = _tally(other, finest)
+    options = [
+        _merged(finest, tally, rows=rows, columns=columns)
+        for columns in (True, False)
+        for rows in (True, False)
+    ]
+    classes, (inside, size) = min(options, key=lambda option: _bits(*option))
     return _contexts(counts, classes, inside, size), classes
+
+
+def _merged(
+    finest: Classes, tally: tuple[Integers, Integers], *, rows: bool, columns: bool
+) -> tuple[Classes, tuple[Integers, Integers]]:
+    """The same classes with all rows in one, or all columns, or both; and their tally."""
+    axes = tuple(axis for axis, merge in enumerate((rows, columns)) if merge)
+    inside, size = (counted.sum(axes, keepdims=True) for counted in tally)
+    classes = Classes(
+        np.zeros_like(finest.rows) if rows else finest.rows,
+        np.zeros_like(finest.columns) if columns else finest.columns,
+    )
+    return classes, (inside, size)
 
 
 def _contexts(counts: Integers, classes: Classes, inside: Integers, size: Integers) -> Contexts:

@@ -95,17 +95,21 @@ def read_drops(encoded: bytes, n_symbols: int) -> tuple[Integers, int]:
     return drops, length
 
 
-def encode(parts: Iterable[tuple[Symbols, Integers]]) -> npt.NDArray[np.uint32]:
-    """Code symbols with their frequencies, **the last part first** (the coder is a stack).
+def model_of(found: Integers) -> Any:
+    """What the coder takes for these frequencies; None of one symbol, which it need not code."""
+    return _model(found) if len(found) > 1 else None
+
+
+def encode(parts: Iterable[tuple[Symbols, Any]]) -> npt.NDArray[np.uint32]:
+    """Code symbols with their `model_of`, **the last part first** (the coder is a stack).
 
     Returns:
         The coder's 32-bit words: none where there is but one symbol, or one message of it.
     """
     coder = constriction().stream.stack.AnsCoder()
-    models = _Models()
-    for symbols, found in parts:
-        if len(found) > 1:
-            coder.encode_reverse(symbols, models.of(found))
+    for symbols, model in parts:
+        if model is not None:
+            coder.encode_reverse(symbols, model)
     words: npt.NDArray[np.uint32] = coder.get_compressed()
     return words
 
@@ -119,13 +123,12 @@ class Decoder:
 
     def __init__(self, words: npt.NDArray[np.uint32]) -> None:
         self._coder = constriction().stream.stack.AnsCoder(words)
-        self._models = _Models()
 
-    def take(self, n: int, found: Integers) -> Symbols:
-        """The next ``n`` symbols of these frequencies; any words decode to some: see `finish`."""
-        if len(found) == 1:
+    def take(self, n: int, model: Any) -> Symbols:
+        """The next ``n`` symbols of this `model_of`; any words decode to some: see `finish`."""
+        if model is None:
             return np.zeros(n, np.int32)
-        symbols: Symbols = self._coder.decode(self._models.of(found), n)
+        symbols: Symbols = self._coder.decode(model, n)
         return symbols
 
     def finish(self) -> None:
@@ -136,19 +139,6 @@ class Decoder:
         """
         if not self._coder.is_empty():
             raise ValueError("its coded indices do not end with its last weight")
-
-
-class _Models:
-    """Each table's model once, though it serves in many blocks."""
-
-    def __init__(self) -> None:
-        self._made: dict[int, tuple[Integers, Any]] = {}
-
-    def of(self, found: Integers) -> Any:
-        key = id(found)
-        if key not in self._made:  # kept with its table, whose identity so stays its own
-            self._made[key] = found, _model(found)
-        return self._made[key][1]
 
 
 @functools.cache

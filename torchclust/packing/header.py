@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torchclust.packing.coding import Codebooks, Codes, Coding, Layout, Sparse
 from torchclust.packing.contexts import Contexts
-from torchclust.packing.dtypes import Dtype
+from torchclust.packing.dtypes import DTYPES, Dtype
 from torchclust.packing.planes import deflated, split
 
 KINDS = ("raw", "codebook", "codes", "sparse")
@@ -75,6 +76,21 @@ def require(condition: bool, what: str) -> None:
     """Raise ``ValueError("invalid ...")`` if a header says what can not be."""
     if not condition:
         raise ValueError(f"invalid {what}")
+
+
+def described(
+    kind: int, last_kind: int, number: int, shape: tuple[int, ...], axis: int, names: Sequence[str]
+) -> tuple[Layout, Dtype]:
+    """Layout and element type of a tensor of these numbers.
+
+    Raises:
+        ValueError: saying what no tensor has.
+    """
+    require(kind <= last_kind, f"kind {kind}")
+    require(number < len(DTYPES), f"element type {number}")
+    require(axis < max(1, len(shape)), f"channel dimension {axis} of {len(shape)}")
+    require(0 < len(names) == len(set(names)), "names")
+    return Layout(shape, axis), DTYPES[number]
 
 
 def check_coded(layout: Layout, dtype: Dtype, entropy_bits: float, zeros: int) -> None:

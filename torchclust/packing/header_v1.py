@@ -9,9 +9,9 @@ import numpy as np
 from torchclust.packing.coding import Codebooks, Codes, Coding, Layout, Sparse
 from torchclust.packing.contexts import Contexts
 from torchclust.packing.cursor import Cursor
-from torchclust.packing.dtypes import DTYPES, Bits, Dtype
+from torchclust.packing.dtypes import Bits, Dtype
 from torchclust.packing.entropy import read_drops
-from torchclust.packing.header import KINDS, Header, check_coded, checked, require
+from torchclust.packing.header import KINDS, Header, check_coded, checked, described, require
 from torchclust.packing.planes import inflated, join
 from torchclust.packing.sections import PackedFileError
 
@@ -34,11 +34,7 @@ def _read_header(cursor: Cursor) -> Header:
     kind, number, n_dims, axis, n_names = cursor.unpack("<BBBBH")
     shape = cursor.unpack(f"<{n_dims}I")
     names = tuple(cursor.take(*cursor.unpack("<H")).decode() for _ in range(n_names))
-    require(kind <= _SPLIT, f"kind {kind}")
-    require(number < len(DTYPES), f"element type {number}")
-    require(axis < max(1, n_dims), f"channel dimension {axis} of {n_dims}")
-    require(0 < len(names) == len(set(names)), "names")
-    layout, dtype = Layout(shape, axis), DTYPES[number]
+    layout, dtype = described(kind, _SPLIT, number, shape, axis, names)
     if kind == KINDS.index("raw"):
         require(axis == 0, f"channel dimension {axis} of raw data")
         require(cursor.left == 0, f"{cursor.left} bytes too many")

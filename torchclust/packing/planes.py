@@ -9,10 +9,12 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
+import numpy.typing as npt
 
 from torchclust.packing.cursor import Cursor, number
 from torchclust.packing.dtypes import Bits
 
+Bytes = npt.NDArray[np.uint8]
 _RAW_DEFLATE = -15  # RFC 1951, without zlib's header and checksum
 
 
@@ -40,17 +42,14 @@ def inflated(content: bytes, at_most: int) -> bytes:
 
 def split(elements: Bits) -> tuple[bytes, bytes]:
     """Return the highest bytes, and the other bytes, element by element."""
-    stored = np.ascontiguousarray(elements, elements.dtype.newbyteorder("<"))
-    planes = stored.view(np.uint8).reshape(-1, stored.dtype.itemsize)
+    planes = _planes(elements)
     return planes[:, -1].tobytes(), planes[:, :-1].tobytes()
 
 
 def join(top: bytes, rest: bytes, dtype: np.dtype[np.unsignedinteger]) -> Bits:
     """The reverse of `split`."""
     lower = np.frombuffer(rest, np.uint8).reshape(len(top), dtype.itemsize - 1)
-    planes = np.column_stack([lower, np.frombuffer(top, np.uint8)])
-    found: Bits = np.ascontiguousarray(planes).view(dtype.newbyteorder("<"))[:, 0].astype(dtype)
-    return found
+    return _elements(np.column_stack([lower, np.frombuffer(top, np.uint8)]), dtype)
 
 
 def squeezed(elements: Bits) -> bytes:
@@ -59,9 +58,7 @@ def squeezed(elements: Bits) -> bytes:
     A plane is a number, how many bytes follow, and these bytes: as many as there are elements if
     they are as they were.
     """
-    stored = np.ascontiguousarray(elements, elements.dtype.newbyteorder("<"))
-    planes = stored.view(np.uint8).reshape(-1, stored.dtype.itemsize)
-    parts = []
+    planes, parts = _planes(elements), []
     for place in reversed(range(planes.shape[1])):
         plane = planes[:, place].tobytes()
         small = min(plane, deflated(plane), key=len)
@@ -84,5 +81,17 @@ def unsqueezed(encoded: bytes, n: int, dtype: np.dtype[np.unsignedinteger]) -> B
         planes[:, place] = np.frombuffer(plane, np.uint8)
     if cursor.left:
         raise ValueError(f"{cursor.left} bytes follow its last plane")
-    found: Bits = planes.view(dtype.newbyteorder("<"))[:, 0].astype(dtype)
+    return _elements(planes, dtype)
+
+
+def _planes(elements: Bits) -> Bytes:
+    """``(elements, bytes)``, the lowest byte first."""
+    stored = np.ascontiguousarray(elements, elements.dtype.newbyteorder("<"))
+    return stored.view(np.uint8).reshape(-1, stored.dtype.itemsize)
+
+
+def _elements(planes: Bytes, dtype: np.dtype[np.unsignedinteger]) -> Bits:
+    """The reverse of `_planes`."""
+    stored = np.ascontiguousarray(planes).view(dtype.newbyteorder("<"))
+    found: Bits = stored[:, 0].astype(dtype)
     return found

@@ -156,15 +156,9 @@ class SectionReader:
 
     def skip(self, length: int, what: str) -> Section:
         """The section of that length that comes now; ``what`` names it in messages."""
-        start = self._position
-        end = start + length + _DIGEST
-        if end > self._end:
+        if self._position + length + _DIGEST > self._end:
             raise PackedFileError(f"{what} are {length} bytes, which are not there")
-        self._file.seek(start + length)
-        digest = self._file.read(_DIGEST)
-        section = Section(start, length, length + _DIGEST, self._digest, digest)
-        self._digest, self._position = digest, end
-        return section
+        return self._pass(self._position, length)
 
     def next(self, what: str) -> Section:
         """Of version 1, the section that comes now; ``what`` names it in messages."""
@@ -172,11 +166,15 @@ class SectionReader:
         prefix = self._file.read(_LENGTH.size)
         length = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else 0
         start = self._position + _LENGTH.size
-        end = start + length + _DIGEST
-        if end > self._end:
+        if start + length + _DIGEST > self._end:
             raise PackedFileError(f"it ends after {self._end} bytes, within {what}")
+        return self._pass(start, length)
+
+    def _pass(self, start: int, length: int) -> Section:
+        """The section whose content begins there; the next one is keyed with its checksum."""
         self._file.seek(start + length)
         digest = self._file.read(_DIGEST)
+        end = start + length + _DIGEST
         section = Section(start, length, end - self._position, self._digest, digest)
         self._digest, self._position = digest, end
         return section
