@@ -16,30 +16,46 @@ SETTINGS = [
     *("prune={sparsity: 0.5}", "cluster.preserve_sparsity=true"),
     "export.calibration_samples=20",
 ]
-# Kills itself when it says a line, or when a stage is computed and nothing of it is stored yet.
+# A process for each moment kills itself when it says that line, or when that stage is computed and
+# nothing of it is stored yet. They are forks of one that has imported everything and computed
+# nothing, since importing takes longer than training. What each says is kept beside its output.
 CHILD = """
 import os, signal, sys
 from pathlib import Path
 from torchclust.recipes import kept, load, run
 
-recipe, output, moment, *settings = sys.argv[1:]
+recipe, output, moments, *settings = sys.argv[1:]
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+def go(moment):
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def say(line):
-    print(line, flush=True)
-    if line == moment:
-        die()
+    def say(line):
+        print(line, flush=True)
+        if line == moment:
+            die()
 
-def replace(source, target):
-    if Path(target).parent.name == "stages" and Path(target).name.startswith(f"{moment}-"):
-        die()
-    os.rename(source, target)
+    def replace(source, target):
+        if Path(target).parent.name == "stages" and Path(target).name.startswith(f"{moment}-"):
+            die()
+        os.rename(source, target)
 
-kept.os = type("", (), {"replace": staticmethod(replace)})
-run.run_recipe(load.load_recipe(Path(recipe), settings), Path(output), resume=True, say=say,
-               progress=False)
+    kept.os = type("", (), {"replace": staticmethod(replace)})
+    run.run_recipe(load.load_recipe(Path(recipe), settings), Path(output), resume=True, say=say,
+                   progress=False)
+
+for stage, moment in (pair.split(":") for pair in moments.split(",")):
+    pid = os.fork()
+    if pid == 0:
+        said = os.open(f"{output}.{stage}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        go(moment)
+        sys.stdout.flush()
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    stored = any(Path(output, "stages").glob(f"{stage}-*.pt"))
+    print(stage, code, stored, Path(output, "report.json").exists(), flush=True)
 """
 STAGES = ("train", "control", "prune", "cluster", "finetune", "export", "vela")
 MOMENTS = {stage: stage for stage in STAGES} | {"export": "  int8.tflite"}  # two files are written
@@ -48,9 +64,17 @@ FILES = ("float.tflite", "clustered_float.tflite", "int8.tflite", "baseline_int8
          "vela/baseline_int8_vela.tflite")  # fmt: skip
 
 
-def run(output: Path, moment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-c", CHILD, str(RECIPE), str(output), moment]
-    return subprocess.run([*command, *SETTINGS], capture_output=True, text=True, check=False)
+def run(output: Path, moments: dict[str, str]) -> list[str]:
+    """For each moment the stage, the exit code, whether the stage and a report were stored."""
+    pairs = ",".join(f"{stage}:{moment}" for stage, moment in moments.items())
+    command = [sys.executable, "-W", "ignore", "-c", CHILD, str(RECIPE), str(output), pairs]
+    done = subprocess.run([*command, *SETTINGS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+def said(output: Path, stage: str) -> str:
+    return Path(f"{output}.{stage}").read_text()
 
 
 def measured(output: Path) -> dict[str, Any]:
@@ -71,16 +95,11 @@ def states(output: Path) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_killed_in_every_stage_and_resumed_equals_the_straight_run(tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    done = run(straight, "")
-    assert done.returncode == 0, done.stderr[-2000:]
-    for stage, moment in MOMENTS.items():
-        died = run(killed, moment)
-        assert died.returncode == -signal.SIGKILL, (moment, died.stderr[-2000:])
-        assert not list((killed / "stages").glob(f"{stage}-*.pt"))
-        assert not (killed / "report.json").exists()
-    done = run(killed, "")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count(": done before\n") == len(STAGES) - 1
+    assert run(straight, {"all": ""}) == ["all 0 False True"], said(straight, "all")
+    for line, stage in zip(run(killed, MOMENTS | {"all": ""}), [*MOMENTS, "all"], strict=True):
+        code, report = (0, True) if stage == "all" else (-signal.SIGKILL, False)
+        assert line == f"{stage} {code} False {report}", said(killed, stage)
+    assert said(killed, "all").count(": done before\n") == len(STAGES) - 1
     assert measured(killed) == measured(straight)
     for name in FILES:
         assert (killed / name).read_bytes() == (straight / name).read_bytes(), name
