@@ -18,7 +18,6 @@ from rich.table import Table
 from torchclust.fitting.worth import plain_int8_bits
 from torchclust.model.slots import Slot, slots_of
 from torchclust.model.summary import summary
-from torchclust.packing.size import PackedSize
 from torchclust.recipes.metric import Metric
 from torchclust.recipes.schema import Recipe
 from torchclust.recipes.stages import Networks
@@ -35,6 +34,7 @@ _STAGES = {
     "clustered": "clustered and fine-tuned, float",
     "int8": "**clustered, int8 file**",
     "baseline_int8": "control, int8 file",
+    "packed": "clustered, packed file with biases and norms rounded, float",
 }
 
 
@@ -46,7 +46,7 @@ class Files:
     compiled: Mapping[str, Any]
     programs: Mapping[str, Any]
     tables: Mapping[str, Any]
-    packed: PackedSize | None
+    packed: Mapping[str, Any]
 
 
 def assemble(
@@ -73,6 +73,7 @@ def assemble(
             **networks.accuracy,
             "int8": files["int8"].get("accuracy"),
             "baseline_int8": files["baseline_int8"].get("accuracy"),
+            "packed": packed.get("accuracy"),
         },
         "bytes": {
             "float_tflite": files["float"].get("bytes"),
@@ -81,14 +82,15 @@ def assemble(
             "int8_tflite": files["int8"].get("bytes"),
             "int8_tflite_zip": files["int8"].get("zip"),
             "baseline_int8_tflite_zip": files["baseline_int8"].get("zip"),
-            "packed": packed.bytes if packed else None,
-            "packed_entropy_bound": packed.entropy_bound if packed else None,
+            "packed": packed.get("bytes"),
+            "packed_entropy_bound": packed.get("entropy_bound"),
         },
         "tensors": _tensors(networks, files["int8"].get("codes", {})),
         "chosen": networks.chosen.to_dict() if networks.chosen else None,
         "vela": _vela(written.compiled),
         "executorch": _programs(recipe, written.programs),
         "tflm": {key: written.tables.get(key) for key in _TABLES},
+        "pack": {"mantissa_bits": packed.get("mantissa_bits")},
         "export": {
             "sqnr_db": files["int8"].get("sqnr_db"),
             "top1_agreement": files["int8"].get("top1_agreement"),
@@ -203,7 +205,7 @@ def markdown(report: Report) -> str:
     stages = [
         (label, metric.text(accuracy[key]))
         for key, label in _STAGES.items()
-        if accuracy[key] is not None
+        if accuracy.get(key) is not None
     ]
     lines += [
         "",

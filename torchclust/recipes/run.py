@@ -19,7 +19,6 @@ from typing import Any
 
 import yaml
 
-from torchclust.packing.pack import save_packed
 from torchclust.recipes.artifacts import (
     TFLITE_FILES,
     VELA_FOLDER,
@@ -27,6 +26,7 @@ from torchclust.recipes.artifacts import (
     export_files,
 )
 from torchclust.recipes.kept import Stages, versions
+from torchclust.recipes.packed import PACKED_FILE, write_packed
 from torchclust.recipes.plot import plot
 from torchclust.recipes.prepare import prepare
 from torchclust.recipes.programs import PROGRAM_FILES, check_packages, write_programs
@@ -35,7 +35,6 @@ from torchclust.recipes.schema import Recipe, RecipeError
 from torchclust.recipes.stages import train_networks
 from torchclust.recipes.tables import TABLES_FILE, write_tables
 
-PACKED_FILE = "model.packed"
 STAGE_FOLDER = "stages"
 CHOSEN_FILE = "chosen.yaml"
 REPORTS = ("recipe.yaml", CHOSEN_FILE, "report.json", "report.md", "report.png")
@@ -82,7 +81,7 @@ def run_recipe(
     compiled = compile_files(prepared, output, stages) if recipe.vela else {}
     programs = write_programs(prepared, networks, output, stages) if recipe.executorch else {}
     tables = write_tables(prepared, networks, output, stages) if recipe.tflm else {}
-    packed = save_packed(networks.compressed, output / PACKED_FILE) if networks.compressed else None
+    packed = write_packed(prepared, networks, output, stages)
     files = Files(exported, compiled, programs, tables, packed)
     report = assemble(recipe, networks, files, stages.seconds, versions())
     plot(report, networks.trained, networks.compressed, output / "report.png")

@@ -88,6 +88,17 @@ class TflmSection(Section):
     max_arena: int | None = Field(None, ge=1, description="most bytes of working memory")
 
 
+class PackSection(Section):
+    """model.packed with biases and norms rounded; absent: it has every value to the bit.
+
+    The report has the metric of the network in it. The other files are not rounded.
+    """
+
+    mantissa_bits: int | None = Field(
+        None, ge=2, le=24, description="significant bits; left out: as few as int8's error hides"
+    )
+
+
 class ExecuTorchSection(Section):
     """ExecuTorch programs (.pte) for Ethos-U, clustered and not; in an environment of its own."""
 
@@ -123,6 +134,7 @@ class Recipe(Section):
     vela: VelaSection | None = None
     tflm: TflmSection | None = None
     executorch: ExecuTorchSection | None = None
+    pack: PackSection | None = None
 
     @field_validator("data", "model", "metric", mode="before")
     @classmethod
@@ -170,6 +182,8 @@ class Recipe(Section):
                 "cluster.inputs: 0 leaves nothing to see where finetune.labels is false: give a "
                 f"number of samples, or leave it out ({UNLABELLED})"
             )
+        if self.pack and not (self.cluster or self.prune):
+            raise ValueError("pack needs the section cluster or prune: a packed file holds either")
         needs_labels = self.cluster and self.cluster.max_accuracy_drop is not None
         if needs_labels and not self.labels:
             raise ValueError(
