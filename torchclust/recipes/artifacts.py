@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torchclust.export.file_network import of_tflite
 from torchclust.export.tflite import TFLiteExport, to_tflite
 from torchclust.export.vela import vela
 from torchclust.export.vela_report import VelaReport
-from torchclust.recipes.kept import Result, Stages, origin
+from torchclust.recipes.kept import Result, Stages, digest_of_file, digest_of_networks, origin
 from torchclust.recipes.prepare import Prepared
 from torchclust.recipes.stages import Networks
 
@@ -31,12 +32,13 @@ def export_files(prepared: Prepared, networks: Networks, output: Path, stages: S
     count, modules = recipe.export.calibration_samples, networks.modules
 
     def compute() -> Result:
-        found: Result = {}
+        found: Result = {
+            "files": [name for name, which in TFLITE_FILES.items() if which in modules]
+        }
         inputs = task.inputs(modules["trained"], count, recipe.seed)
         example = tuple(column[:1] for column in inputs)
-        for name, which in TFLITE_FILES.items():
-            if which not in modules:
-                continue
+        for name in found["files"]:
+            which = TFLITE_FILES[name]
             stages.say(f"  {name}")
             path, is_float, module = output / name, "float" in name, modules[which]
             network = task.network(module)
@@ -47,40 +49,35 @@ def export_files(prepared: Prepared, networks: Networks, output: Path, stages: S
                 found[name]["accuracy"] = task.score(module, forward=file)
         return found
 
-    return stages.result(
-        "export",
-        [origin(prepared), recipe.to_dict()],
-        compute,
-        is_whole=lambda found: all((output / name).is_file() for name in found if "." in name),
-    )
+    depends = [origin(prepared), digest_of_networks(modules.values()), recipe.sections("export")]
+    return stages.result("export", depends, compute, folder=output)
 
 
-def compile_files(prepared: Prepared, output: Path, stages: Stages) -> Result:
-    """Compile both int8 files with Vela into ``output/vela``: {file: VelaReport's fields}."""
+def compile_files(
+    prepared: Prepared, exported: Sequence[str], output: Path, stages: Stages
+) -> Result:
+    """Compile the int8 files among these with Vela into ``output/vela``: {file: a report's fields}.
+
+    Other files in the folder may be another recipe's.
+    """
     recipe = prepared.recipe
     section = recipe.vela
     assert section is not None
     options = section.model_dump(exclude_none=True)
+    paths = [output / name for name in exported if "int8" in name]
 
     def compute() -> Result:
-        found: Result = {}
-        for name in TFLITE_FILES:
-            path = output / name
-            if "int8" in name and path.exists():
-                stages.say(f"  {name} for {section.accelerator}")
-                found[name] = _compiled(vela(path, output_dir=output / VELA_FOLDER, **options))
+        found: Result = {"files": []}
+        for path in paths:
+            stages.say(f"  {path.name} for {section.accelerator}")
+            compiled = vela(path, output_dir=output / VELA_FOLDER, **options)
+            found["files"].append(f"{VELA_FOLDER}/{compiled.path.name}")
+            found[path.name] = _compiled(compiled)
         return found
 
-    return stages.result(
-        "vela",
-        [origin(prepared), recipe.to_dict()],
-        compute,
-        is_whole=lambda found: all(
-            (output / VELA_FOLDER / f"{Path(name).stem}_vela.tflite").is_file()
-            for name in found
-            if "." in name
-        ),
-    )
+    needed = paths if section.config is None else [*paths, section.config]
+    depends = [{path.name: digest_of_file(path) for path in needed}, recipe.sections("vela")]
+    return stages.result("vela", depends, compute, folder=output)
 
 
 def zipped_size(path: Path) -> int:

@@ -1,4 +1,8 @@
-"""Stages kept as files: a result whose name holds a digest of all that it depends on."""
+"""Stages kept as files: a result whose name holds a digest of all that it depends on.
+
+What a stage writes beside it, for the user, has a name that tells nothing of the recipe. So its
+digest is kept, and a file of another recipe that stands in its place is written anew.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,14 @@ import pickle
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from torchclust.recipes.prepare import Prepared
 
@@ -48,26 +53,29 @@ class Stages:
         depends: Any,
         compute: Callable[[], Result],
         *,
-        is_whole: Callable[[Result], bool] = lambda result: True,
+        folder: Path | None = None,
     ) -> Result:
         """Return the stored result of a stage, or compute and store it.
 
         A result holds tensors, numbers, strings, lists and dicts. It is written under another name
-        and then renamed, so a file that is there is complete; `is_whole` says whether what the
-        result tells of outside that file is still there.
+        and then renamed, so a file that is there is complete. With a `folder`, its ``"files"`` are
+        the names of what the stage wrote there: unless these files are as it left them, it runs.
         """
         text = json.dumps([versions(), depends], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         file = self.folder / f"{name}-{digest}.pt"
         with nullcontext() if file.exists() else _alone(file):
             stored = _load(file)
-            if stored is not None and is_whole(stored):
+            if stored is not None and _files_are_there(stored, folder):
                 self.say(f"{name}: done before")
                 self.seconds[name] = stored["seconds"]
                 return stored
             self.say(f"{name} ...")
             started = time.perf_counter()
             computed = compute()
+            if folder is not None:
+                names = computed["files"]
+                computed["digests"] = {name: digest_of_file(folder / name) for name in names}
             self.seconds[name] = round(time.perf_counter() - started, 2)
             partial = file.with_suffix(".partial")
             torch.save({**computed, "seconds": self.seconds[name]}, partial)
@@ -94,6 +102,34 @@ def _load(file: Path) -> Result | None:
     return stored
 
 
+def _files_are_there(stored: Result, folder: Path | None) -> bool:
+    """Whether files outside are the stage's still, and not those of a run of another recipe."""
+    if folder is None:
+        return True
+    digests: Mapping[str, str] | None = stored.get("digests")  # a result of before has none
+    if digests is None:
+        return False
+    return all(
+        (folder / name).is_file() and digest_of_file(folder / name) == digest
+        for name, digest in digests.items()
+    )
+
+
+def digest_of_file(path: Path) -> str:
+    """Return what two files have in common only if they hold the same bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def digest_of_networks(modules: Iterable[nn.Module]) -> str:
+    """Return the same of their state dicts: what a file of them holds, however they came to be."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in module.state_dict().items():
+            digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def origin(prepared: Prepared) -> dict[str, Any]:
     """Return what every stage depends on: seed, data, training, and the module as it is built.
 
@@ -106,7 +142,7 @@ def origin(prepared: Prepared) -> dict[str, Any]:
     found["layers"] = repr(module)
     found["tensors"] = {name: list(value.shape) for name, value in module.state_dict().items()}
     if recipe.subject.checkpoint is not None:
-        found["checkpoint"] = hashlib.sha256(recipe.subject.checkpoint.read_bytes()).hexdigest()
+        found["checkpoint"] = digest_of_file(recipe.subject.checkpoint)
     found |= prepared.task.depends
     return found
 

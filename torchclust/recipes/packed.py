@@ -17,7 +17,7 @@ from torchclust.distillation.tasks import relative_distance
 from torchclust.packing.mantissas import round_mantissas_
 from torchclust.packing.pack import save_packed
 from torchclust.packing.size import PackedSize
-from torchclust.recipes.kept import Result, Stages, origin
+from torchclust.recipes.kept import Result, Stages, digest_of_networks, origin
 from torchclust.recipes.prepare import Prepared
 from torchclust.recipes.stages import Networks
 
@@ -47,14 +47,12 @@ def write_packed(prepared: Prepared, networks: Networks, output: Path, stages: S
         module = copy.deepcopy(networks.modules["compressed"])
         rounded = round_mantissas_(task.network(module), bits)
         found = _sizes(save_packed(rounded, output / PACKED_FILE))
-        return {**found, "mantissa_bits": bits, "accuracy": task.score(module)}
+        score = task.score(module)
+        return {**found, "files": [PACKED_FILE], "mantissa_bits": bits, "accuracy": score}
 
-    return stages.result(
-        "pack",
-        [origin(prepared), prepared.recipe.to_dict()],
-        compute,
-        is_whole=lambda found: (output / PACKED_FILE).is_file(),
-    )
+    depends = [origin(prepared), digest_of_networks(networks.modules.values())]
+    depends.append(prepared.recipe.sections("pack"))
+    return stages.result("pack", depends, compute, folder=output)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torchclust.export.executorch import packages
 from torchclust.export.executorch.program import PTEExport, to_pte
 from torchclust.export.file_network import FileNetwork
-from torchclust.recipes.kept import Result, Stages, origin
+from torchclust.recipes.kept import Result, Stages, digest_of_networks, origin
 from torchclust.recipes.prepare import Prepared
 from torchclust.recipes.schema import ExportSection
 from torchclust.recipes.stages import Networks
@@ -37,12 +37,13 @@ def write_programs(prepared: Prepared, networks: Networks, output: Path, stages:
     count = (recipe.export or ExportSection()).calibration_samples  # type: ignore[call-arg]
 
     def compute() -> Result:
-        found: Result = {}
+        found: Result = {
+            "files": [name for name, which in PROGRAM_FILES.items() if which in modules]
+        }
         inputs = task.inputs(modules["trained"], count, recipe.seed)
         example = tuple(column[:1] for column in inputs)
-        for name, which in PROGRAM_FILES.items():
-            if which not in modules:
-                continue
+        for name in found["files"]:
+            which = PROGRAM_FILES[name]
             stages.say(f"  {name} for {options['target']}")
             network = task.network(modules[which])
             done = to_pte(network, example, output / name, calibration=[inputs], **options)
@@ -51,12 +52,9 @@ def write_programs(prepared: Prepared, networks: Networks, output: Path, stages:
             found[name] = {**_described(done), "accuracy": score}
         return found
 
-    return stages.result(
-        "executorch",
-        [origin(prepared), recipe.to_dict()],
-        compute,
-        is_whole=lambda found: all((output / name).is_file() for name in found if "." in name),
-    )
+    sections = recipe.sections("export", "executorch")
+    depends = [origin(prepared), digest_of_networks(modules.values()), sections]
+    return stages.result("executorch", depends, compute, folder=output)
 
 
 def _described(done: PTEExport) -> Result:

@@ -78,9 +78,10 @@ def run_recipe(
         same = recipe.model_copy(update={"cluster": networks.chosen.section})
         write_whole(output / CHOSEN_FILE, yaml.safe_dump(same.to_dict(), sort_keys=False))
     exported = export_files(prepared, networks, output, stages) if recipe.export else {}
-    compiled = compile_files(prepared, output, stages) if recipe.vela else {}
+    names = exported.get("files", ())
+    compiled = compile_files(prepared, names, output, stages) if recipe.vela else {}
     programs = write_programs(prepared, networks, output, stages) if recipe.executorch else {}
-    tables = write_tables(prepared, networks, output, stages) if recipe.tflm else {}
+    tables = write_tables(prepared, networks, names, output, stages) if recipe.tflm else {}
     packed = write_packed(prepared, networks, output, stages)
     files = Files(exported, compiled, programs, tables, packed)
     report = assemble(recipe, networks, files, stages.seconds, versions())

@@ -219,6 +219,11 @@ class Recipe(Section):
         """The learning rate that `finetune.lr_scale` scales."""
         return self.train.lr if self.train else 1e-3
 
+    def sections(self, *names: str) -> dict[str, Any]:
+        """What `to_dict` has of these sections; None for one that is absent."""
+        dumped = self.to_dict()
+        return {name: dumped.get(name) for name in names}
+
     def to_dict(self) -> dict[str, Any]:
         """Every key that is set, defaults included, in JSON's types; `Recipe` of it is the same."""
         return self.model_dump(mode="json", exclude_none=True)

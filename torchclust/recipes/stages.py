@@ -194,7 +194,7 @@ class Training:
         """Return every tensor's choices, which do not depend on the budget."""
         section = self.recipe.cluster
         assert section is not None
-        depends = self._sections("prune")
+        depends = self.recipe.sections("prune")
         depends["cluster"] = section.with_rules({}).model_dump(mode="json", exclude_none=True)
         depends["measure"] = [measure_of(self.recipe).__name__, *codebooks_of(self.recipe)]
         depends["labels"] = self.recipe.labels
@@ -211,7 +211,7 @@ class Training:
 
     def cluster(self, start: LightningModule) -> tuple[LightningModule, float]:
         """Return the clustered module, before it is fine-tuned."""
-        depends = self._sections("prune", "cluster")
+        depends = self.recipe.sections("prune", "cluster")
         if self.recipe.inputs:
             depends["inputs"] = self.recipe.inputs
         return self._stage("cluster", depends, lambda: self._clustered(start, self._inputs(start)))
@@ -227,7 +227,7 @@ class Training:
         self, clustered: LightningModule, teacher: LightningModule
     ) -> tuple[LightningModule, float]:
         """Return the clustered module, fine-tuned with labels or distilled without."""
-        depends = self._sections("prune", "cluster", "finetune")
+        depends = self.recipe.sections("prune", "cluster", "finetune")
         if not self.recipe.labels:
             return self._stage("distill", depends, lambda: self._distilled(clustered, teacher))
         return self._stage("finetune", depends, lambda: self._finetuned(clustered))
@@ -280,7 +280,7 @@ class Training:
         def pruned() -> LightningModule:
             return self._fit(trained, plan, [GradualPruning(section.sparsity, self.task.exports)])
 
-        return self._stage("prune", self._sections("prune"), pruned)
+        return self._stage("prune", self.recipe.sections("prune"), pruned)
 
     def _fit(
         self,
@@ -304,10 +304,6 @@ class Training:
                 progress=self.stages.progress,
             )
         return module
-
-    def _sections(self, *names: str) -> dict[str, Any]:
-        dumped = self.recipe.to_dict()
-        return {name: dumped.get(name) for name in names}
 
     def _stage(
         self, name: str, depends: dict[str, Any], make: Callable[[], LightningModule]

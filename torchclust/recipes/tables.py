@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torchclust.export.micro_interpreter import least_arena
 from torchclust.export.tflm import tflm
-from torchclust.recipes.kept import Result, Stages, origin
+from torchclust.recipes.kept import Result, Stages, digest_of_file, origin
 from torchclust.recipes.prepare import Prepared
 from torchclust.recipes.stages import Networks
 
@@ -14,8 +15,10 @@ TABLES_FILE = "tflm.tflite"
 _COMPARED = 32  # training inputs on which both files must agree, beside random ones
 
 
-def write_tables(prepared: Prepared, networks: Networks, output: Path, stages: Stages) -> Result:
-    """Write `TABLES_FILE` into `output`: a `TFLMReport`'s figures, and the baseline's.
+def write_tables(
+    prepared: Prepared, networks: Networks, exported: Sequence[str], output: Path, stages: Stages
+) -> Result:
+    """Write `TABLES_FILE` of the exported int8 file: a `TFLMReport`'s figures, and the baseline's.
 
     Nothing is written, and the result is empty, where nothing was clustered.
     """
@@ -24,11 +27,10 @@ def write_tables(prepared: Prepared, networks: Networks, output: Path, stages: S
     ours, baseline = (output / name for name in ("int8.tflite", "baseline_int8.tflite"))
 
     def compute() -> Result:
-        if not ours.exists():
-            return {}
         inputs = prepared.task.inputs(networks.modules["trained"], _COMPARED, recipe.seed)
         done = tflm(ours, output / TABLES_FILE, inputs=inputs, max_arena=section.max_arena)
         return {
+            "files": [TABLES_FILE],
             "version": done.version,
             "flash_bytes": done.flash_after,
             "arena_bytes": done.arena_after,
@@ -38,9 +40,8 @@ def write_tables(prepared: Prepared, networks: Networks, output: Path, stages: S
             "baseline_arena_bytes": least_arena(baseline.read_bytes()),
         }
 
-    return stages.result(
-        "tflm",
-        [origin(prepared), recipe.to_dict()],
-        compute,
-        is_whole=lambda found: "version" not in found or (output / TABLES_FILE).is_file(),
-    )
+    if ours.name not in exported:
+        return {}
+    files = [digest_of_file(ours), digest_of_file(baseline)]
+    depends = [origin(prepared), files, recipe.sections("tflm")]
+    return stages.result("tflm", depends, compute, folder=output)
