@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 INPUTS, OUTPUTS = 12, 3
 
@@ -114,6 +114,17 @@ def loaders(test: bool = True, val: bool = False, empty: bool = False) -> dict[s
     found |= {"test": DataLoader(samples(40, 1), 20)} if test else {}
     found |= {"test": []} if empty else {}
     return found | ({"val": DataLoader(samples(40, 2), 20)} if val else {})
+
+
+class Endless(IterableDataset):
+    """Samples that do not say how many they are."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return iter(samples(96, 0))
+
+
+def endless() -> dict[str, Any]:
+    return loaders() | {"train": DataLoader(Endless(), 16)}
 
 
 def data_module(tree: str = "pytorch_lightning", test: bool = True) -> Any:

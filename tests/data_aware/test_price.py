@@ -90,6 +90,19 @@ def test_bits_follow_from_counts_by_book_and_regardless_of_sign() -> None:
     assert torch.equal(scaled.bits(indices)[:, 0], scaled.bits(indices)[:, 2])
 
 
+@pytest.mark.parametrize("config", [{}, {"granularity": "channel"}, {"codebook_dtype": "int8"}])
+def test_charging_begins_with_the_members_that_there_are(config: dict[str, Any]) -> None:
+    """Those of the indices that the inputs chose, not of the fit that they began with."""
+    layer, x = layer_and_inputs()
+    cluster_(layer, 9, inputs=x, rate=0.3, assignment="nearest", **config)
+    ((_, clustering),) = named_clusterings(layer)
+    lookup = clustering.module.parametrizations[clustering.tensor_name][0]
+    latent = clustering.latent
+    codebook = lookup._codebook(lookup.trained(latent))
+    counts = lookup.members_of(lookup._indices(latent, codebook), codebook)
+    assert torch.equal(lookup.members, counts.float())
+
+
 def test_weights_stay_where_they_were_put_until_they_are_charged() -> None:
     layer, x = layer_and_inputs()
     cluster_(layer, 9, inputs=x, rate=0.05, assignment="nearest")

@@ -194,6 +194,53 @@ def test_weights_pay_for_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert end < start
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_the_price_is_of_the_counts_that_are_there(dtype: str) -> None:
+    """Running counts catch up with what training did: that alone must not look like a saving."""
+    model = network()
+    torchclust.cluster_(model, 15, assignment="nearest", rate=1e-3, codebook_dtype=dtype)
+    price = Price.of(model, list(model.parameters()))
+    for weight, _, _ in price.weights:
+        weight.get_buffer("price_share").zero_()  # or other counts would assign otherwise
+    due = price.due()
+    for weight, _, _ in price.weights:
+        weight.get_buffer("members").add_(torch.rand(()) * 1000)
+    assert price.due() == due
+    spent, total = 0.0, 0
+    for weight, latent, _ in price.weights:
+        counts = weight.indices_of(latent).flatten().int().bincount().double()
+        spent -= float((counts * (counts / counts.sum()).clamp_min(1e-9).log2()).sum())
+        total += latent.numel()
+    assert due == pytest.approx(1e-3 * spent / total, rel=0.05)  # half a member more each
+
+
+@pytest.mark.parametrize("options", [{}, {"assignment": "nearest", "rate": 1e-3}])
+def test_frozen_blocks_stay_and_the_others_learn(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = network()
+    teacher = copy.deepcopy(model)
+    torchclust.cluster_(model, 4, **options)
+    children = [child for child in model.children() if list(child.parameters())]
+    for child in children[:-1]:
+        child.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    start = gap(model, teacher)
+    torchclust.distill_(model, teacher, inputs(), steps=30)
+    assert gap(model, teacher) < start
+    last = {id(p) for p in children[-1].parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in last:
+            assert torch.equal(parameter, before[name]), name
+
+
+def test_a_frozen_model_is_refused() -> None:
+    model = network()
+    teacher = copy.deepcopy(model)
+    torchclust.cluster_(model, 4).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"every parameter .* frozen.*requires_grad_\(True\)"):
+        torchclust.distill_(model, teacher, inputs(), steps=3)
+
+
 def test_a_stage_in_vain_leaves_the_price_as_it_was() -> None:
     """At a rate of learning that only does harm every stage is undone, the counts too."""
     model = network()

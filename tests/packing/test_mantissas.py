@@ -73,6 +73,12 @@ def test_norms_and_biases_pack_into_less(tmp_path: Path) -> None:
     assert float((got - outputs).square().mean() / outputs.var()) < 1e-4
 
 
+@pytest.mark.parametrize("bits", [8.5, "8", True, None])
+def test_bits_are_whole(bits: object) -> None:
+    with pytest.raises(TypeError, match="bits must be a whole number, got"):
+        round_mantissas_(nn.Linear(2, 2), bits)
+
+
 @pytest.mark.parametrize("bits", [1, 25, 0, -3])
 def test_bits_out_of_range(bits: int) -> None:
     with pytest.raises(ValueError, match=rf"bits must be between 2 and 24, got {bits}"):

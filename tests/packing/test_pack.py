@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import torchclust
-from torchclust import cluster_, is_clustered, named_clusterings, strip_
+from torchclust import (
+    cluster_,
+    is_clustered,
+    named_clusterings,
+    round_mantissas_,
+    strip_,
+)
+from torchclust.activations.quantized import quantize_activations_
 from torchclust.packing import entropy as packed_entropy
 from torchclust.packing.pack import load_packed_, packed_size, save_packed
 from torchclust.packing.sections import PackedFileError
@@ -147,6 +154,39 @@ def test_a_clustered_model_and_the_same_stripped_give_the_same_file(tmp_path: Pa
     save_packed(model, tmp_path / "clustered")
     save_packed(strip_(model), tmp_path / "stripped")
     assert (tmp_path / "clustered").read_bytes() == (tmp_path / "stripped").read_bytes()
+
+
+def test_rounded_activations_are_left_out_as_strip_does(tmp_path: Path) -> None:
+    """Their ranges are of training: the file is that of the stripped model, and fits plain ones."""
+    torch.manual_seed(0)
+
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 3))
+
+    x = torch.randn(16, 30)
+    model = quantize_activations_(cluster_(net(), 8), x)
+    save_packed(model, tmp_path / "rounding")
+    plain = load_packed_(net(), tmp_path / "rounding")
+    into_another = load_packed_(quantize_activations_(net(), x), tmp_path / "rounding")
+    into_itself = load_packed_(copy.deepcopy(model), tmp_path / "rounding")
+    stripped = strip_(model)
+    save_packed(stripped, tmp_path / "stripped")
+    assert (tmp_path / "rounding").read_bytes() == (tmp_path / "stripped").read_bytes()
+    for loaded in (plain, into_another, into_itself):
+        assert state(loaded) == state(stripped)
+        assert torch.equal(loaded(x), stripped(x))
+
+
+def test_the_entropy_bound_is_no_larger_than_the_file(tmp_path: Path) -> None:
+    """Planes of bytes of what is not clustered deflate, and the bound knows it."""
+    torch.manual_seed(0)
+    model = cluster_(nn.Linear(8, 4000), 8)
+    nn.init.normal_(model.bias)
+    size = save_packed(round_mantissas_(model, 10), tmp_path / "m.packed")
+    assert size.entropy_bound <= size.bytes
+    (bias,) = (row for row in size.rows if row.name == "bias")
+    assert bias.kind == "raw"
+    assert bias.bound < 4000 * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

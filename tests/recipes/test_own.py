@@ -316,3 +316,12 @@ def test_the_file_itself_is_judged_by_test_step(tmp_path: Path, exports: str) ->
 def test_layers_called_around_the_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"test_step calls 'body\.0' by itself|'head' by itself"):
         run(tmp_path, "module.kind=Inside", export={"calibration_samples": 10})
+
+
+def test_pruning_needs_the_length_of_a_pass_and_check_says_so(tmp_path: Path) -> None:
+    sections = {"data": {"target": "own_project.endless"}, **PRUNED}
+    with pytest.raises(RecipeError, match=r"trainer: \{limit_train_batches: 500\}") as raised:
+        prepare(recipe_with(**sections))
+    assert "\n" not in str(raised.value)
+    report = run(tmp_path, **sections, trainer={"limit_train_batches": 4})
+    assert report["accuracy"]["pruned"] is not None

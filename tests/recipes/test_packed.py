@@ -88,6 +88,25 @@ def test_bits_are_the_fewest_whose_error_is_lost_in_int8s() -> None:
     assert error(bits) <= LOST < error(bits - 1)
 
 
+def test_what_is_masked_does_not_count() -> None:
+    class Masked(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).masked_fill(torch.eye(5, dtype=torch.bool), -torch.inf)
+
+    torch.manual_seed(0)
+    x = torch.randn(5, 8)
+    assert 2 < mantissa_bits_for(Masked(8, 5), (x,)) < 12
+
+
+def test_whole_numbers_do_not_tell() -> None:
+    class Largest(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).argmax(1)
+
+    with pytest.raises(RecipeError, match=r"whole numbers.*pack: \{mantissa_bits: 8\}"):
+        mantissa_bits_for(Largest(8, 5), (torch.randn(5, 8),))
+
+
 def test_where_any_rounding_shows_all_bits_are_kept() -> None:
     class Sharp(torch.nn.Module):
         def __init__(self) -> None:

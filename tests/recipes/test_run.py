@@ -4,6 +4,7 @@ import copy
 import json
 import signal
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,39 @@ def test_dropout_falls_with_the_share_of_weights_left() -> None:
     assert model[2].p == 0.4
 
 
+def test_whatever_drops_out_falls_along() -> None:
+    """Of attention and recurrent layers too, which have a rate and no module for it."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(8, 2, dropout=0.3)
+            self.lstm = torch.nn.LSTM(8, 8, 2, dropout=0.2)
+            self.drop = torch.nn.FeatureAlphaDropout(0.4)
+
+    module = pl.LightningModule()
+    module.net = net = Net()
+
+    def rates() -> list[float]:
+        return [net.attention.dropout, net.lstm.dropout, net.drop.p]
+
+    callback = SparseDropout(0.75, "net")
+    callback.on_fit_start(None, module)
+    assert rates() == pytest.approx([0.15, 0.1, 0.2])
+    callback.on_fit_end(None, module)
+    assert rates() == pytest.approx([0.3, 0.2, 0.4])
+
+
+def test_pruning_needs_the_length_of_a_pass() -> None:
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator:
+            return iter([(torch.zeros(1, 8, 8), 0)] * 8)
+
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    with pytest.raises(RecipeError, match=r"prune: .*trainer: \{limit_train_batches: 500\}"):
+        trained(model, DataLoader(Endless(), batch_size=4), [GradualPruning(0.75)])
+
+
 def test_the_sparse_network_drops_out_less_and_the_control_as_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -394,6 +428,11 @@ def test_sweep_shares_stages_and_compares(tmp_path: Path) -> None:
     assert report["recipe"]["cluster"]["n_clusters"] == 4
     assert report["seed"] == 1
     assert json.loads((tmp_path / "s" / "sweep.json").read_text()) == rows
+    # Nothing is exported: compared is what there is, the float network and the packed file.
+    assert rows[0]["float accuracy, %"] == report["accuracy"]["clustered"]
+    assert rows[0]["packed, bytes"] == report["bytes"]["packed"] < rows[2]["packed, bytes"]
+    header = (tmp_path / "s" / "sweep.md").read_text().partition("\n")[0]
+    assert header == "|  | float accuracy, % | packed, bytes |"
     with pytest.raises(RecipeError, match="is not empty"):
         run_sweep(file, settings, tmp_path / "s")
     said.clear()

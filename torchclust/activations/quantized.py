@@ -157,6 +157,16 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
+def rounding_buffers(model: nn.Module) -> set[str]:
+    """What `quantize_activations_` added to the state dict, by name; `strip_` takes it away."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        if hasattr(type(module), _MARK)
+        for name in (RANGES, PLAN, BATCHES)
+    }
+
+
 def groups_of(root: nn.Module) -> tuple[Group, ...]:
     """A quantized module's plan."""
     return _decoded(root.get_buffer(PLAN))

@@ -238,7 +238,15 @@ def _with_book(
         found["original"] = _into_cells(layer.weight, book.table(), indices)
         if "price_share" in found:  # until training charges them, weights stay in these cells
             found["price_share"] = torch.zeros_like(found["price_share"])
+            found["members"] = _members(layer, found)
     return found
+
+
+def _members(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
+    """How many weights each centroid has got: what charging begins with."""
+    fitted = make_clustered_weight(layer.config, tensors, channel_dim=layer.channel_dim)
+    latent, codebook = tensors["original"], fitted._codebook(tensors["centroids"])
+    return fitted.members_of(fitted._indices(latent, codebook), codebook).detach().float()
 
 
 def _into_cells(weight: Tensor, table: Tensor, indices: Tensor) -> Tensor:

@@ -123,6 +123,11 @@ def _check(model: nn.Module, teacher: nn.Module, steps: int, lr: float) -> None:
             "nothing to distill: the model is not clustered. Cluster it first:  "
             "cluster_(model, inputs=batches)"
         )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "nothing to distill: every parameter of the model is frozen. Let codebooks, biases and "
+            "norms train:  model.requires_grad_(True)"
+        )
     own = {id(parameter) for parameter in model.parameters()}
     if any(id(parameter) in own for parameter in teacher.parameters()):
         raise ValueError(

@@ -35,6 +35,10 @@ def train(
     """
     steps, lr, seed = state.steps, state.lr, state.seed + stage
     trained = [p for p in dict.fromkeys(parameters) if p.requires_grad and p.is_floating_point()]
+    if not trained:  # a frozen block gives what it gives
+        advance(steps)
+        state.finish(stage)
+        return
     price = Price.of(state.model, trained)
     changing = [*trained, *price.state]
     generator = torch.Generator().manual_seed(seed)

@@ -33,7 +33,7 @@ def round_mantissas_(model: ModuleT, bits: int = 8) -> ModuleT:
         The same object.
 
     Raises:
-        ValueError: ``bits`` is out of range.
+        TypeError, ValueError: ``bits`` is no whole number, or out of range.
 
     Example:
         >>> import torch, torchclust
@@ -42,6 +42,8 @@ def round_mantissas_(model: ModuleT, bits: int = 8) -> ModuleT:
         >>> torchclust.round_mantissas_(layer, bits=3).bias.tolist()
         [1.25, -0.009765625]
     """
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(f"bits must be a whole number, got {bits!r}")
     if not 2 <= bits <= 24:
         raise ValueError(f"bits must be between 2 and 24, got {bits!r}")
     for tensor in tensors_of(model):

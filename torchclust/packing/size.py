@@ -187,7 +187,7 @@ def _row(record: Record) -> PackedRow:
     stored = side - header.saved_bytes
     literals = side if header.kind == "sparse" else 0
     coded = min(header.entropy_bits * n / 8, float(record.data.length - literals))
-    bound = coded + stored if k is not None else n * width / 8
+    bound = coded + stored if k is not None else float(min(n * width // 8, record.data.length))
     return PackedRow(
         name=header.names[0],
         shape=header.layout.shape,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torchclust.activations.quantized import rounding_buffers
 from torchclust.model.clustering import Clustering, is_clustered
 from torchclust.packing.dtypes import dtype_of, to_bits
 from torchclust.packing.search import Hint
@@ -75,7 +76,9 @@ def tensors_of(model: nn.Module) -> list[ModelTensor]:
     state = model.state_dict(keep_vars=True)
     modules = dict(model.named_modules(remove_duplicate=False))
     place = {path: number for number, path in enumerate(modules)}
-    each = [tensor for key in state if (tensor := _tensor_of(modules, key, state)) is not None]
+    passing = rounding_buffers(model)
+    keys = [key for key in state if key not in passing]
+    each = [tensor for key in keys if (tensor := _tensor_of(modules, key, state)) is not None]
     each.sort(key=lambda t: (place.get(t.names[0].rpartition(".")[0], -1), t.names[0]))
     found: dict[int, ModelTensor] = {}
     for tensor in each:

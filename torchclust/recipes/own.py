@@ -16,12 +16,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from torchclust.distillation.tasks import relative_distance
 from torchclust.lightning.trees import installed, is_overridden, tree_of
 from torchclust.recipes.checkpoint import load_checkpoint_
 from torchclust.recipes.loaders import PARTS, named_data, of_loaders
 from torchclust.recipes.metric import Metric
+from torchclust.recipes.pruning import NO_LENGTH
 from torchclust.recipes.schema import Recipe
 from torchclust.recipes.section import RecipeError, nearest
 from torchclust.recipes.subject import MetricSection
@@ -137,6 +139,16 @@ def _try(section: str, attempt: Callable[[], object]) -> None:
 
 
 def _train_a_step(recipe: Recipe, task: Task) -> None:
+    if recipe.prune is not None and "limit_train_batches" not in task.options:
+        data = task.make_data()
+        data.prepare_data()
+        data.setup("fit")
+        loader = data.train_dataloader()
+        if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
+            try:
+                len(loader)
+            except TypeError:
+                raise RecipeError(NO_LENGTH) from None
     options = {**in_one_process(task.options), "fast_dev_run": 1}
     module, seed = copy.deepcopy(task.module), recipe.seed
     fit(module, task.make_data(), epochs=1, seed=seed, options=options, progress=False)

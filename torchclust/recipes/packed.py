@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchclust.activations.quantized import remove_quantized_activations_
+from torchclust.data_aware.batches import tensors_in
 from torchclust.distillation.tasks import relative_distance
 from torchclust.packing.mantissas import round_mantissas_
 from torchclust.packing.pack import save_packed
 from torchclust.packing.size import PackedSize
 from torchclust.recipes.kept import Result, Stages, digest_of_networks, origin
 from torchclust.recipes.prepare import Prepared
+from torchclust.recipes.section import RecipeError
 from torchclust.recipes.stages import Networks
 
 PACKED_FILE = "model.packed"
@@ -40,13 +44,12 @@ def write_packed(prepared: Prepared, networks: Networks, output: Path, stages: S
 
     def compute() -> Result:
         task, recipe = prepared.task, prepared.recipe
-        bits = section.mantissa_bits
+        bits, module = section.mantissa_bits, copy.deepcopy(networks.modules["compressed"])
+        network = remove_quantized_activations_(task.network(module))  # as in the file
         if bits is None:
             inputs = task.inputs(networks.modules["trained"], _SAMPLES, recipe.seed)
-            bits = mantissa_bits_for(compressed, inputs)
-        module = copy.deepcopy(networks.modules["compressed"])
-        rounded = round_mantissas_(task.network(module), bits)
-        found = _sizes(save_packed(rounded, output / PACKED_FILE))
+            bits = mantissa_bits_for(network, inputs)
+        found = _sizes(save_packed(round_mantissas_(network, bits), output / PACKED_FILE))
         score = task.score(module)
         return {**found, "files": [PACKED_FILE], "mantissa_bits": bits, "accuracy": score}
 
@@ -62,13 +65,26 @@ def mantissa_bits_for(network: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     Args:
         network: in eval mode, float.
         inputs: one tensor for each of its arguments, samples along the first dimension.
+
+    Raises:
+        RecipeError: no output has fractions.
     """
-    wanted = network(*inputs)
+    wanted = _finite(network(*inputs))
+    if not wanted:
+        raise RecipeError(
+            "pack: the network gives whole numbers, which do not tell what rounding does to it: "
+            "say how many bits to keep, pack: {mantissa_bits: 8}"
+        )
     for bits in _CANDIDATES:
         rounded = round_mantissas_(copy.deepcopy(network), bits)
-        if float(relative_distance(rounded(*inputs), wanted)) <= LOST:
+        if float(relative_distance(_finite(rounded(*inputs)), wanted)) <= LOST:
             return bits
     return _CANDIDATES.stop
+
+
+def _finite(outputs: Any) -> list[Tensor]:
+    """The tensors of a nested structure that have fractions; 0 for what is masked by infinity."""
+    return [y.nan_to_num(0.0, 0.0, 0.0) for y in tensors_in(outputs)]
 
 
 def _sizes(size: PackedSize) -> Result:

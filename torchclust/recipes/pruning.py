@@ -11,11 +11,20 @@ from torch import nn
 from torch.nn.utils import prune
 
 from torchclust.lightning.trees import Callback
+from torchclust.recipes.section import RecipeError
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+NO_LENGTH = (
+    "prune: the training data do not tell how many batches a pass has, and so when to prune how "
+    "much. Give the dataset a length, or say it:  trainer: {limit_train_batches: 500}"
+)
+_RATE = {
+    nn.modules.dropout._DropoutNd: "p",
+    nn.MultiheadAttention: "dropout",
+    nn.RNNBase: "dropout",
+}
 
 
 class SparseDropout(Callback):
@@ -32,18 +41,22 @@ class SparseDropout(Callback):
 
     def __init__(self, sparsity: float = 0.0, path: str = "") -> None:
         self.sparsity, self.path = sparsity, path
-        self._dense: list[tuple[Any, float]] = []
+        self._dense: list[tuple[nn.Module, str, float]] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lower the rates to what the sparsity asks for."""
-        modules = pl_module.get_submodule(self.path).modules()
-        self._dense = [(m, m.p) for m in modules if isinstance(m, _DROPOUTS)]
+        self._dense = [
+            (module, name, getattr(module, name))
+            for module in pl_module.get_submodule(self.path).modules()
+            for kind, name in _RATE.items()
+            if isinstance(module, kind)
+        ]
         self.lower(self.sparsity)
 
     def lower(self, sparsity: float) -> None:
         """Set the rates for another sparsity, in between."""
-        for dropout, p in self._dense:
-            dropout.p = p * math.sqrt(1 - sparsity)
+        for module, name, rate in self._dense:
+            setattr(module, name, rate * math.sqrt(1 - sparsity))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the rates back."""
@@ -72,6 +85,11 @@ class GradualPruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what drops out."""
         self.dropout.on_fit_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what has no end."""
+        if not math.isfinite(trainer.num_training_batches):
+            raise RecipeError(NO_LENGTH)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -34,7 +34,7 @@ _STAGES = {
     "clustered": "clustered and fine-tuned, float",
     "int8": "**clustered, int8 file**",
     "baseline_int8": "control, int8 file",
-    "packed": "clustered, packed file with biases and norms rounded, float",
+    "packed": "packed file, biases and norms rounded, float",
 }
 
 

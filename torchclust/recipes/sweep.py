@@ -28,6 +28,7 @@ _COLUMNS = {
     "flash, bytes": ("vela", "flash_bytes"),
     "tflite-micro's flash, bytes": ("tflm", "flash_bytes"),
     "cycles": ("vela", "cycles"),
+    "packed, bytes": ("bytes", "packed"),
 }
 # On the plot's axis: U65 and U85 keep their weights in DRAM, and Vela need not run.
 _SIZES = (
@@ -191,8 +192,11 @@ def _scored(metric: Metric) -> tuple[str, str]:
 
 
 def _figures(report: dict[str, Any], metric: Metric) -> Row:
-    scores = (report["accuracy"]["int8"], report["accuracy"]["baseline_int8"])
+    accuracy = report["accuracy"]
+    scores = (accuracy["int8"], accuracy["baseline_int8"])
     found = dict(zip(_scored(metric), scores, strict=True))
+    found[f"float {metric.label}"] = accuracy["clustered"] if scores[0] is None else None
+    found[f"packed {metric.label}"] = accuracy["packed"]
     found |= {name: report[section][key] for name, (section, key) in _COLUMNS.items()}
     baseline = {
         f"baseline {name}": report[_COLUMNS[name][0]][f"baseline_{_COLUMNS[name][1]}"]

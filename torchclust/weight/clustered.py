@@ -21,7 +21,7 @@ from torchclust.weight.codebooks import fit_rows, relative_error
 from torchclust.weight.config import ClusterConfig, config_as_bytes
 from torchclust.weight.evaluation_cache import EvaluationCache
 from torchclust.weight.located import Located, locate
-from torchclust.weight.lookup import Memory, grouped_sum, lookup
+from torchclust.weight.lookup import Memory, grouped_sum, lookup, with_gradient_times
 from torchclust.weight.stored import Stored
 
 _PARAMETERS = ("centroids", "relative_scale")
@@ -119,7 +119,7 @@ class ClusteredWeight(Stored):
         if self.config.gradient == "mean":
             members = self._fold(self._counts(indices, self._table(codebook.detach())))
             members = members.to(original.dtype)
-            codebook = _scale_gradient(codebook, members.clamp_min(1).reciprocal())
+            codebook = with_gradient_times(codebook, members.clamp_min(1).reciprocal())
         table = self._table(codebook)
         if self.config.assignment == "fixed":
             return self._rows(lookup(table, indices, None, memory))
@@ -187,13 +187,17 @@ class ClusteredWeight(Stored):
 
     @torch.no_grad()
     def spent_bits(self, latent: Tensor) -> float:
-        """What all indices cost at present, by the running counts."""
+        """What all indices cost at present, by how often each comes up now, not of late."""
         codebook = self._codebook(self.trained(latent))
         indices = self._indices(latent, codebook)
-        return float((self._counts(indices, self._places(codebook)) * self.bits()).double().sum())
+        bits = self._bits_by(self.members_of(indices, codebook))
+        return float((self._counts(indices, self._places(codebook)) * bits).double().sum())
 
     def bits(self) -> Tensor:
-        """What an index costs, in the shape of the places."""
+        """What an index costs by the running counts, in the shape of the places."""
+        return self._bits_by(self._tensor("members"))
+
+    def _bits_by(self, members: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _places(self, codebook: Tensor) -> Tensor:
@@ -322,8 +326,3 @@ def _zero_if_finite(*tensors: Tensor) -> Tensor:
     """0, or NaN if any value is NaN or infinite: a nearest centroid would hide those."""
     ends = [end for tensor in tensors for end in tensor.aminmax()]
     return torch.stack(ends).mul(0).sum()
-
-
-def _scale_gradient(tensor: Tensor, factor: Tensor) -> Tensor:
-    """The same values to the bit, with the gradient multiplied."""
-    return tensor.detach() + (tensor - tensor.detach()) * factor

@@ -259,3 +259,8 @@ def _users(storage: torch.UntypedStorage) -> int:
     """How many tensors and handles share a storage; torch's CUDA graphs ask the same."""
     count: int = torch._C._storage_Use_Count(storage._cdata)
     return count
+
+
+def with_gradient_times(tensor: Tensor, factor: Tensor) -> Tensor:
+    """The same values to the bit, with the gradient multiplied."""
+    return tensor.detach() + (tensor - tensor.detach()) * factor

@@ -47,9 +47,8 @@ class FloatClusteredWeight(ClusteredWeight):
         by_channel = codebook.repeat_interleave(self.config.group_size or 1, 0)
         return by_channel[: self.shape[self.channel_dim]]
 
-    def bits(self) -> Tensor:
-        """Of the `members`, one codebook or many."""
-        return self._table(bits_of(self._tensor("members")))
+    def _bits_by(self, members: Tensor) -> Tensor:
+        return self._table(bits_of(members))
 
     def _places(self, codebook: Tensor) -> Tensor:
         return at_least_float32(self._table(codebook))
@@ -119,9 +118,9 @@ class IntegerClusteredWeight(ClusteredWeight):
     def _table(self, codebook: Tensor) -> Tensor:
         return self.scale()[:, None] * mirrored(codebook)
 
-    def bits(self) -> Tensor:
+    def _bits_by(self, members: Tensor) -> Tensor:
         """Of a magnitude, and one more for the sign."""
-        bits = bits_of(self._tensor("members"))
+        bits = bits_of(members)
         return torch.cat([bits[1:].flip(0) + 1, bits[:1], bits[1:] + 1])
 
     def _places(self, codebook: Tensor) -> Tensor:
