@@ -153,5 +153,7 @@ def test_a_report_of_no_clustered_tensor_says_so() -> None:
     report["tensors"] = report["tensors"][1:]
     text = markdown(report)
     assert "\n\nNothing was clustered.\n" in text
+    assert "fine-tuned" in markdown(REPORT)
+    assert "fine-tuned" not in text  # what pruning left is in the table once
     assert "Not clustered (a bias): `a.bias`" in text
     assert "entropy" not in text

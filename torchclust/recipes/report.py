@@ -202,17 +202,14 @@ def markdown(report: Report) -> str:
         lines[-1] += "many epochs at the same rate as the clustered one. 1 KiB is 1,024 bytes."
     lines += ["", "![sizes, accuracies, weights and centroids](report.png)"]
     accuracy, metric = report["accuracy"], Metric(**report["metric"])
+    clustered = any(row["n_clusters"] for row in report["tensors"])  # else pruned is all there is
     stages = [
         (label, metric.text(accuracy[key]))
         for key, label in _STAGES.items()
-        if accuracy.get(key) is not None
+        if accuracy.get(key) is not None and (clustered or key != "clustered")
     ]
-    lines += [
-        "",
-        f"## {metric.title} on the test data",
-        "",
-        *_table(("model", metric.name), stages),
-    ]
+    lines += ["", f"## {metric.title} on the test data", ""]
+    lines += _table(("model", metric.name), stages)
     lines += ["", "## Tensors", "", *_tensor_table(report)]
     if report["chosen"]:
         priced = "rate" in report["chosen"]
