@@ -115,9 +115,9 @@ ROWS = (
     Row("ResNet-8, at a price of bits", ("reference, CIFAR-10, 87 %", ""),
         "mlperf_ic", "CIFAR-10 as JPEG, 10,000 test images", size="vela"),
     Row("LeNet-300-100, at a price of bits", ("Oktay et al. 2020, MNIST, 98.1", "124x, coded"),
-        "priced lenet_300_100", WHOLE_MNIST, size="packed"),
+        "priced lenet_300_100 0.3", WHOLE_MNIST, size="packed"),
     Row("LeNet-5, at a price of bits", ("Oktay et al. 2020, MNIST, 99.0", "606x, coded"),
-        "priced lenet_5", WHOLE_MNIST, size="packed"),
+        "priced lenet_5 0.65", WHOLE_MNIST, size="packed"),
     Row("seed CNN, at a price of bits",
         ("seed article, MNIST 99.20 → 99.19", kb(1_602_422, 196_180)),
         "seed_article_priced", "MNIST, 60,000 and 10,000 images"),
@@ -179,7 +179,8 @@ HEAD = ("network, clusters", "published: accuracy, %", "published: size", "our d
 def reports(name: str) -> list[Report]:
     """The committed results of a run, one for each seed."""
     if name.startswith("priced "):
-        return priced(name.removeprefix("priced "))
+        _, network, rate = name.split()
+        return priced(network, float(rate))
     files = sorted(RESULTS.glob(f"{name}.[0-9]*.json"))
     collected = RESULTS / "deep_compression.json"
     if files or not collected.exists():
@@ -187,7 +188,7 @@ def reports(name: str) -> list[Report]:
     return [found for found in json.loads(collected.read_text()) if found["run"] == name]
 
 
-def priced(network: str) -> list[Report]:
+def priced(network: str, rate: float) -> list[Report]:
     """What benchmarks/rate_lenets.py measured with moved images, as reports, by seed."""
     path = RESULTS / "rate_lenets.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
@@ -196,7 +197,7 @@ def priced(network: str) -> list[Report]:
     found = {}
     for row in rows:
         control = controls.get((row["seed"], *row["epochs"]))
-        if row["rate"] and control is not None:
+        if row["rate"] == rate and control is not None:
             found[row["seed"]] = {
                 "accuracy": {
                     "control": 100 - control["test_error"],
