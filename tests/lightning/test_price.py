@@ -11,26 +11,43 @@ import pytest
 from torchclust.lightning.price import share_of_price
 
 
-def trainer(step: int, steps: float = 100, epochs: int = 10, optimizers: int = 1) -> Any:
+def trainer(
+    batch: int,
+    a_pass: float = 10,
+    epochs: int | None = 10,
+    steps: int = -1,
+    optimizers: int = 1,
+    accumulated: int = 1,
+) -> Any:
     return SimpleNamespace(
-        global_step=step,
-        estimated_stepping_batches=steps,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=batch)),
+        num_training_batches=a_pass,
         max_epochs=epochs,
+        max_steps=steps,
         optimizers=[None] * optimizers,
+        accumulate_grad_batches=accumulated,
     )
 
 
 @pytest.mark.parametrize(
-    ("step", "start_epoch", "share"),
+    ("batch", "start_epoch", "share"),
     [(0, 0, 0.0), (25, 0, 0.5), (50, 0, 1.0), (99, 0, 1.0), (40, 4, 0.0), (55, 4, 0.5), (70, 4, 1)],
 )
 def test_rises_to_the_middle_of_the_clustered_epochs(
-    step: int, start_epoch: int, share: float
+    batch: int, start_epoch: int, share: float
 ) -> None:
-    assert share_of_price(trainer(step), start_epoch) == pytest.approx(share)
-    two = trainer(2 * step, optimizers=2)  # global_step counts the steps of both
-    assert share_of_price(two, start_epoch) == pytest.approx(share)
+    """Whichever end a run has: epochs, steps, steps of several batches, or of two optimizers."""
+    for run in (
+        trainer(batch),
+        trainer(batch, epochs=None, steps=100),
+        trainer(batch, epochs=1000, steps=100),
+        trainer(batch, epochs=-1, steps=20, accumulated=5),
+        trainer(batch, epochs=-1, steps=200, optimizers=2),  # global_step counts those of both
+    ):
+        assert share_of_price(run, start_epoch) == pytest.approx(share)
 
 
 def test_is_whole_where_no_end_is_set() -> None:
-    assert share_of_price(trainer(0, steps=math.inf, epochs=-1), 0) == 1.0
+    assert share_of_price(trainer(0, epochs=-1), 0) == 1.0
+    assert share_of_price(trainer(0, a_pass=math.inf), 0) == 1.0
+    assert share_of_price(trainer(0, a_pass=math.inf, steps=100), 0) == 0.0

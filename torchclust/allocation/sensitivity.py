@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -107,6 +108,11 @@ def sensitivity_curves(
     for name, config in ((name, config) for name, tried in configs.items() for config in tried):
         clustered = cluster_(copy.deepcopy(start), {name: config}, seed=seed)
         loss = float(apart(_outputs(clustered, inputs), before))
+        if math.isnan(loss):
+            raise ValueError(
+                f"the model's outputs are not numbers, with {name!r} clustered or before, so "
+                f"nothing tells what a choice costs: look at the inputs and the weights"
+            )
         n_bytes = encoded_bytes(clustered, measure, [name])[name]
         kind = config.codebook_dtype
         curves[name].append(Choice(config.n_clusters, n_bytes, max(0.0, loss), kind))
@@ -129,7 +135,8 @@ def class_divergence(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Ten
     codes.
     """
     after, before = (logits[0].double().log_softmax(1) for logits in (outputs, wanted))
-    return (before.exp() * (before - after)).sum(1).mean()
+    masked = before == -torch.inf  # a class that cannot come up, whatever is made of it
+    return (before.exp() * (before - after)).masked_fill(masked, 0).sum(1).mean()
 
 
 def _outputs(model: nn.Module, inputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -163,7 +170,7 @@ def _gradients(
 def _call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
 @contextmanager

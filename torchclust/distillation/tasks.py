@@ -56,12 +56,17 @@ def whole_task(model: nn.Module, teacher: nn.Module, found: Sequence[Call]) -> T
 
 
 def relative_distance(output: Any, target: Any) -> Tensor:
-    """Squared error over the target's variance, summed over the tensors of a nested structure."""
+    """Squared error over the target's variance, summed over the tensors of a nested structure.
+
+    What the target masks, by infinity, does not count.
+    """
     parts = []
     for y, t in zip(tensors_in(output), tensors_in(target), strict=True):
         wanted = t.detach().to(y.device).float()
+        masked = wanted.isinf()
+        wanted = wanted.masked_fill(masked, 0)
         spread = (wanted - wanted.mean()).square().mean().clamp_min(1e-12)
-        parts.append((y.float() - wanted).square().mean() / spread)
+        parts.append((y.float().masked_fill(masked, 0) - wanted).square().mean() / spread)
     if not parts:
         raise ValueError("a block gives no floating-point tensor; name other blocks with blocks=")
     return torch.stack(parts).sum()
@@ -73,6 +78,8 @@ def output_distance(output: Any, target: Any) -> Tensor:
     for y, t in zip(tensors_in(output), tensors_in(target), strict=True):
         if y.dim() == 2 and y.shape[1] > 1:
             wanted = t.detach().to(y.device).float().log_softmax(1)
+            if wanted.isinf().any():  # masked classes
+                continue
             total = total + nn.functional.kl_div(
                 y.float().log_softmax(1), wanted, reduction="batchmean", log_target=True
             )

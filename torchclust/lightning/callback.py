@@ -34,6 +34,7 @@ from torchclust.lightning.preconditions import (
     check_hyperparameters,
     check_rules,
     check_trainer,
+    warn_if_never_clustered,
 )
 from torchclust.lightning.price import charge
 from torchclust.lightning.rng import random_state, set_random_state
@@ -232,6 +233,7 @@ class WeightClustering(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before an averaging callback copies the average into the module."""
         mend_copies_(trainer.callbacks)  # type: ignore[attr-defined]
+        warn_if_never_clustered(trainer, pl_module, self.start_epoch)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Strip, after the last checkpoint was written; learned activation ranges stay."""

@@ -82,6 +82,16 @@ def check_trainer(trainer: Trainer, pl_module: LightningModule, callback: Asked)
         )
 
 
+def warn_if_never_clustered(trainer: Trainer, pl_module: LightningModule, start_epoch: int) -> None:
+    """Say so where steps, a time limit or another callback ended the run before `start_epoch`."""
+    by_epochs = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= start_epoch
+    if start_epoch and not by_epochs and not is_clustered(pl_module):
+        rank_zero_warn(
+            f"WeightClustering never clustered: start_epoch={start_epoch}, but the run ended in "
+            f"epoch {trainer.current_epoch}"
+        )
+
+
 def _ends_otherwise(pl_module: LightningModule, callback: Asked) -> bool:
     """Whether the module has other tensors after the fit than before it."""
     quantizes = callback.quantize_activations and not any(quantized_modules(pl_module))

@@ -19,14 +19,28 @@ def share_of_price(trainer: Trainer, start_epoch: int) -> float:
     """From 0 where clustering starts to 1 in the middle of what follows.
 
     Of a run without a set end the whole price is due at once. Depends on the trainer's counters
-    only, so that a resumed run goes on as it would have.
+    only, so that a resumed run goes on as it would have. They are counters of batches: with manual
+    optimization nothing tells how many of these make a step.
     """
-    steps, epochs = trainer.estimated_stepping_batches, trainer.max_epochs
-    if not math.isfinite(steps) or steps <= 0:
+    length, a_pass = length_of_run(trainer), float(trainer.num_training_batches)
+    begun = start_epoch * a_pass if start_epoch and math.isfinite(a_pass) else 0.0
+    if not math.isfinite(length) or length <= begun:
         return 1.0
-    begun = 0.0 if epochs is None or epochs <= 0 else start_epoch / epochs
-    done = (trainer.global_step / max(1, len(trainer.optimizers)) / steps - begun) / (1 - begun)
+    done = (trainer.fit_loop.epoch_loop.total_batch_idx - begun) / (length - begun)
     return min(1.0, max(0.0, done / _RISE))
+
+
+def length_of_run(trainer: Trainer) -> float:
+    """Batches until the run ends, by epochs or by steps; infinite where neither is set.
+
+    With manual optimization a batch is taken for one step of each optimizer.
+    """
+    ends, epochs, steps = [math.inf], trainer.max_epochs, trainer.max_steps
+    if epochs is not None and epochs >= 0:
+        ends.append(epochs * float(trainer.num_training_batches))
+    if steps >= 0:
+        ends.append(steps * trainer.accumulate_grad_batches / max(1, len(trainer.optimizers)))
+    return min(ends)
 
 
 def charge(

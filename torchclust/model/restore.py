@@ -17,9 +17,11 @@ from torchclust.model.cluster import ModuleT, strip_
 from torchclust.model.places import clustered_weight, join, parametrizations_of, underlying
 from torchclust.model.slots import slots_of
 from torchclust.model.surgery import attach, make_for
+from torchclust.weight.clustered import PARAMETERS
 from torchclust.weight.config import ClusterConfig, config_from_bytes
 from torchclust.weight.stored import rounded
 
+_TRAINED = frozenset({"original", *PARAMETERS})  # in the weight's dtype
 _CONFIG_KEY = re.compile(r"(?:(?P<path>.+)\.)?parametrizations\.(?P<name>[^.]+)\.0\.config_json")
 
 
@@ -82,8 +84,11 @@ def restore_structure_(model: nn.Module, state: Mapping[str, Any]) -> None:
         for slot in slots_of(model):
             path, _, name = slot.candidate.name.rpartition(".")
             if (path, name) in fits:
-                device = underlying(slot.module, slot.tensor_name).device
-                tensors = {key: tensor.to(device) for key, tensor in fits[path, name].items()}
+                here = underlying(slot.module, slot.tensor_name)
+                tensors = {key: tensor.to(here.device) for key, tensor in fits[path, name].items()}
+                # `load_state_dict` converts too: Lightning restores, then makes modules bfloat16.
+                for key in tensors.keys() & _TRAINED:
+                    tensors[key] = tensors[key].to(here.dtype)
                 attach(slot, make_for(slot, config_from_bytes(tensors["config_json"]), tensors))
     match_quantized_(model, state)
 
@@ -101,4 +106,7 @@ def _layout(tensors: Mapping[str, Tensor]) -> tuple[ClusterConfig, dict[str, Any
     """What must agree before values can be loaded into one clustered tensor."""
     plain = {key.removeprefix("0."): tensor for key, tensor in tensors.items()}
     config = config_from_bytes(plain.pop("config_json"))
-    return config, {name: (tensor.shape, tensor.dtype) for name, tensor in plain.items()}
+    return config, {
+        name: (tensor.shape, tensor.is_floating_point() or tensor.dtype)
+        for name, tensor in plain.items()
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from torchclust.export.file_network import of_tflite
 from torchclust.export.tflite import TFLiteExport, to_tflite
 from torchclust.export.vela import vela
+from torchclust.export.vela_config import ARM
 from torchclust.export.vela_report import VelaReport
 from torchclust.recipes.kept import Result, Stages, digest_of_file, digest_of_networks, origin
 from torchclust.recipes.prepare import Prepared
@@ -75,7 +77,8 @@ def compile_files(
             found[path.name] = _compiled(compiled)
         return found
 
-    needed = paths if section.config is None else [*paths, section.config]
+    is_velas = section.config is None or os.fspath(section.config) == ARM
+    needed = paths if is_velas else [*paths, Path(section.config or "")]
     depends = [{path.name: digest_of_file(path) for path in needed}, recipe.sections("vela")]
     return stages.result("vela", depends, compute, folder=output)
 

@@ -74,8 +74,9 @@ class ClusterSection(Section):
         return self.model_copy(update={"budget": None, "rate": rate})
 
     def with_rules(self, rules: Mapping[str, Any]) -> ClusterSection:
-        """Return the section with these rules added and nothing left to choose."""
-        fields = {"budget": None, "max_accuracy_drop": None, "rules": {**self.rules, **rules}}
+        """Return the section with these rules after its own, and nothing left to choose."""
+        others = {key: rule for key, rule in self.rules.items() if key not in rules}
+        fields = {"budget": None, "max_accuracy_drop": None, "rules": {**others, **rules}}
         return self.model_copy(update=fields)
 
     @property

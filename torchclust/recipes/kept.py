@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchclust.recipes.prepare import Prepared
 
@@ -64,9 +64,10 @@ class Stages:
         text = json.dumps([versions(), depends], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         file = self.folder / f"{name}-{digest}.pt"
-        with nullcontext() if file.exists() else _alone(file):
-            stored = _load(file)
-            if stored is not None and _files_are_there(stored, folder):
+        stored = _done(file, folder)
+        with nullcontext() if stored is not None else _alone(file):
+            stored = stored or _done(file, folder)  # by another process, while this one waited
+            if stored is not None:
                 self.say(f"{name}: done before")
                 self.seconds[name] = stored["seconds"]
                 return stored
@@ -93,26 +94,23 @@ def _alone(file: Path) -> Iterator[None]:
         yield
 
 
-def _load(file: Path) -> Result | None:
-    """Return a stored result, or None where there is none, or it was damaged since."""
+def _done(file: Path, folder: Path | None) -> Result | None:
+    """Return a stored result; None where there is none, or it or what it wrote was changed since.
+
+    What it wrote may have been: by a run of another recipe in the same folder.
+    """
     try:
         stored: Result = torch.load(file, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
         return None
-    return stored
-
-
-def _files_are_there(stored: Result, folder: Path | None) -> bool:
-    """Whether files outside are the stage's still, and not those of a run of another recipe."""
     if folder is None:
-        return True
+        return stored
     digests: Mapping[str, str] | None = stored.get("digests")  # a result of before has none
-    if digests is None:
-        return False
-    return all(
+    is_whole = digests is not None and all(
         (folder / name).is_file() and digest_of_file(folder / name) == digest
         for name, digest in digests.items()
     )
+    return stored if is_whole else None
 
 
 def digest_of_file(path: Path) -> str:
@@ -125,8 +123,11 @@ def digest_of_networks(modules: Iterable[nn.Module]) -> str:
     digest = hashlib.sha256()
     for module in modules:
         for name, value in module.state_dict().items():
-            digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
-            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+            if isinstance(value, Tensor):
+                digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
+                digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            else:  # extra state, whatever a module makes of it
+                digest.update(f"{name} {value!r}".encode())
     return digest.hexdigest()
 
 
@@ -140,7 +141,8 @@ def origin(prepared: Prepared) -> dict[str, Any]:
     dumped = recipe.to_dict()
     found = {key: dumped.get(key) for key in SUBJECT}
     found["layers"] = repr(module)
-    found["tensors"] = {name: list(value.shape) for name, value in module.state_dict().items()}
+    state = module.state_dict()
+    found["tensors"] = {n: list(t.shape) for n, t in state.items() if isinstance(t, Tensor)}
     if recipe.subject.checkpoint is not None:
         found["checkpoint"] = digest_of_file(recipe.subject.checkpoint)
     found |= prepared.task.depends

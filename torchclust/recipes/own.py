@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from torchclust.distillation.tasks import relative_distance
 from torchclust.lightning.trees import installed, is_overridden, tree_of
+from torchclust.model.restore import restore_
 from torchclust.recipes.checkpoint import load_checkpoint_
 from torchclust.recipes.loaders import PARTS, named_data, of_loaders
 from torchclust.recipes.metric import Metric
@@ -152,6 +153,14 @@ def _train_a_step(recipe: Recipe, task: Task) -> None:
     options = {**in_one_process(task.options), "fast_dev_run": 1}
     module, seed = copy.deepcopy(task.module), recipe.seed
     fit(module, task.make_data(), epochs=1, seed=seed, options=options, progress=False)
+    try:
+        restore_(copy.deepcopy(task.module), module.state_dict())
+    except RuntimeError as error:
+        raise RecipeError(
+            f"module: what it has after training cannot be put back into a new one, "
+            f"{' '.join(str(error).split())}; make all parameters and buffers in __init__, not in "
+            "setup() or on the way"
+        ) from error
 
 
 def _judge_a_batch(recipe: Recipe, task: Task) -> None:

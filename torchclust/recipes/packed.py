@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,22 +68,17 @@ def mantissa_bits_for(network: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     Raises:
         RecipeError: no output has fractions.
     """
-    wanted = _finite(network(*inputs))
-    if not wanted:
+    wanted = network(*inputs)
+    if not tensors_in(wanted):
         raise RecipeError(
             "pack: the network gives whole numbers, which do not tell what rounding does to it: "
             "say how many bits to keep, pack: {mantissa_bits: 8}"
         )
     for bits in _CANDIDATES:
         rounded = round_mantissas_(copy.deepcopy(network), bits)
-        if float(relative_distance(_finite(rounded(*inputs)), wanted)) <= LOST:
+        if float(relative_distance(rounded(*inputs), wanted)) <= LOST:
             return bits
     return _CANDIDATES.stop
-
-
-def _finite(outputs: Any) -> list[Tensor]:
-    """The tensors of a nested structure that have fractions; 0 for what is masked by infinity."""
-    return [y.nan_to_num(0.0, 0.0, 0.0) for y in tensors_in(outputs)]
 
 
 def _sizes(size: PackedSize) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from torchclust.lightning.price import length_of_run
 from torchclust.lightning.trees import Callback
 from torchclust.recipes.section import RecipeError
 
@@ -97,7 +99,7 @@ class GradualPruning(Callback):
         """Prune further when the schedule has come to its next update."""
         # Batches, not optimizer steps: of these a module with two optimizers takes two a batch.
         a_pass = int(trainer.num_training_batches)
-        ramp = 0.75 * a_pass * (trainer.max_epochs or 1)
+        ramp = 0.75 * length_of_run(trainer)
         seen = trainer.current_epoch * a_pass + batch_idx + 1
         due = min(self.UPDATES, int(self.UPDATES * seen / ramp))
         if due > self._done:
@@ -109,7 +111,14 @@ class GradualPruning(Callback):
             self.dropout.lower(share)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the zeros permanent."""
+        """Make the zeros permanent, and say where the run ended before they were all there."""
+        if 0 < self._done < self.UPDATES:
+            came_to = self.sparsity * (1 - (1 - self._done / self.UPDATES) ** 3)
+            warnings.warn(
+                f"pruning came to {came_to:.0%} zeros of {self.sparsity:.0%}: the run ended before "
+                f"its last epoch. Ask for fewer prune.epochs, or take out what ends it early",
+                stacklevel=2,
+            )
         _make_permanent(prunable(pl_module.get_submodule(self.path)))
         self.dropout.on_fit_end(trainer, pl_module)
 

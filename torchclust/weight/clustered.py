@@ -24,7 +24,7 @@ from torchclust.weight.located import Located, locate
 from torchclust.weight.lookup import Memory, grouped_sum, lookup, with_gradient_times
 from torchclust.weight.stored import Stored
 
-_PARAMETERS = ("centroids", "relative_scale")
+PARAMETERS = ("centroids", "relative_scale")
 
 
 class ClusteredWeight(Stored):
@@ -54,7 +54,7 @@ class ClusteredWeight(Stored):
         self._memory = Memory()
         self._located: Located | None = None  # by the last priced forward pass, for `charge_`
         for name, tensor in tensors.items():
-            if name in _PARAMETERS:
+            if name in PARAMETERS:
                 # At a price weights move through the codebook. An optimizer's steps, as wide for it
                 # as for a weight, would carry centroids through each other and through 0.
                 still = name == "centroids" and "members" in tensors
