@@ -85,6 +85,12 @@ def test_epoch_that_is_never_reached() -> None:
         trainer(WeightClustering(start_epoch=3)).fit(Net(), Batches())
 
 
+@pytest.mark.parametrize("options", [{"max_epochs": -1}, {"max_epochs": 9}])
+def test_epoch_that_steps_do_not_reach(options: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="never clustered: start_epoch=2, but the run ended"):
+        trainer(WeightClustering(start_epoch=2), max_steps=4, **options).fit(Net(), Batches())
+
+
 def test_freeze_outweighs_a_rule_whatever_their_order() -> None:
     module = Net()
     rules = {"net.0.weight": 4, "Conv2d": 4, "net.6.weight": 4}

@@ -29,6 +29,7 @@ from torchclust.recipes.choice import (
     curves_of,
     tensor_configs,
 )
+from torchclust.recipes.cluster_section import ClusterSection
 from torchclust.recipes.kept import Stages
 from torchclust.recipes.load import load_recipe, parse_recipe
 from torchclust.recipes.prepare import prepare
@@ -403,3 +404,15 @@ def test_a_rule_of_other_fields_keeps_the_sections_number() -> None:
     assert found["3.weight"].init == "linear"
     assert torchclust.is_clustered(model)
     assert measure_of(recipe) is entropy_bytes
+
+
+def test_chosen_rules_come_after_the_users_own_whatever_their_order() -> None:
+    """A key that stays in its old place would be outweighed by a pattern after it."""
+    chosen = {"a.weight": {"n_clusters": 6}, "b.weight": {"n_clusters": 12}}
+    for own in (
+        {"a.weight": {"init": "linear"}, "Linear": {"max_iter": 10}},
+        {"Linear": {"max_iter": 10}, "a.weight": {"init": "linear"}},
+    ):
+        section = ClusterSection(budget=1.0, rules=own).with_rules(chosen)
+        assert list(section.rules) == ["Linear", "a.weight", "b.weight"]
+        assert section.rules["a.weight"] == {"n_clusters": 6}

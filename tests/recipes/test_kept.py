@@ -1,5 +1,8 @@
 """What a stage wrote for the user is the stage's, whatever ran in the folder since."""
 
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +94,69 @@ def test_a_stage_runs_again_only_for_what_it_depends_on(tmp_path: Path) -> None:
     assert said(**sections) == []
     assert said(**sections, pack={"mantissa_bits": 4}) == ["pack ..."]
     assert said(**sections, vela={}) == ["vela ...", "  int8.tflite for ethos-u55-128"]
-    # Not clustered any more: the int8 file of before stays where it is, and nobody compiles it.
+    # Not clustered any more: the int8 file of before stays, named as such, and nobody compiles it.
     del sections["cluster"]
-    again = said(**sections, vela={})
-    assert again == ["export ...", "vela ..."]
-    assert (tmp_path / "int8.tflite").exists()
+    assert said(**sections, vela={}) == ["export ...", "vela ..."]
+    report = json.loads((tmp_path / "report.json").read_text())
+    stale = ["clustered_float.tflite", "int8.tflite", "vela/int8_vela.tflite", "model.packed"]
+    assert report["left_over"] == stale
+    assert all((tmp_path / name).exists() for name in stale)
+    # Vela's own file of configurations is none of the folder's.
+    ours = {"config": "Arm/vela.ini", "system_config": "Ethos_U55_High_End_Embedded"}
+    assert said(**sections, vela={**ours, "memory_mode": "Shared_Sram"}) == ["vela ..."]
+
+
+def test_a_run_that_dies_leaves_no_report_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_recipe(parse_recipe(RECIPE | {"cluster": {"n_clusters": 8}}), tmp_path, progress=False)
+    assert json.loads((tmp_path / "report.json").read_text())["left_over"] == []
+
+    def dying(*rest: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchclust.recipes.run.train_networks", dying)
+    recipe = parse_recipe(RECIPE | {"cluster": {"n_clusters": 4}})
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path, resume=True, progress=False)
+    assert not (tmp_path / "report.json").exists()
+    assert (tmp_path / "model.packed").exists()
+
+
+def test_two_processes_for_one_stage_and_two_folders(tmp_path: Path) -> None:
+    """A stage that is done, and not in either folder: they take turns, and each gets its file."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    running = []
+
+    def compute(folder: Path) -> Result:
+        running.append(folder)
+        time.sleep(0.2)
+        assert len(running) == 1
+        (folder / "file").write_text("one")
+        running.remove(folder)
+        return {"files": ["file"]}
+
+    def stage(folder: Path) -> Result:
+        folder.mkdir(exist_ok=True)
+        stages = Stages(tmp_path / "stages")
+        return stages.result("stage", "one", lambda: compute(folder), folder=folder)
+
+    stage(tmp_path / "first")
+    with ThreadPoolExecutor(2) as pool:
+        assert len(list(pool.map(stage, folders))) == 2
+    assert [(folder / "file").read_text() for folder in folders] == ["one", "one"]
+
+
+def test_extra_state_is_no_tensor(tmp_path: Path) -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"seen": self.seen}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            self.seen = state["seen"]
+
+    module = Extra(2, 2)
+    module.seen = 1
+    before = digest_of_networks([module])
+    module.seen = 2
+    assert digest_of_networks([module]) != before

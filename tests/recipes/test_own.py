@@ -325,3 +325,12 @@ def test_pruning_needs_the_length_of_a_pass_and_check_says_so(tmp_path: Path) ->
     assert "\n" not in str(raised.value)
     report = run(tmp_path, **sections, trainer={"limit_train_batches": 4})
     assert report["accuracy"]["pruned"] is not None
+
+
+def test_tensors_that_a_module_makes_in_setup_are_found_before(tmp_path: Path) -> None:
+    """What a stage has stored could not be put into the module as it is built."""
+    with pytest.raises(
+        RecipeError, match=r"class_weights.*in __init__, not in setup\(\)"
+    ) as raised:
+        prepare(recipe_with("module.kind=InSetup"))
+    assert "\n" not in str(raised.value)

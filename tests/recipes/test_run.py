@@ -234,6 +234,34 @@ def test_whatever_drops_out_falls_along() -> None:
     assert rates() == pytest.approx([0.3, 0.2, 0.4])
 
 
+# Lightning 2.6.6 uses a name that torch 2.13 deprecated, 2026-11.
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_pruning_by_steps_comes_to_its_end_and_says_where_it_does_not() -> None:
+    images = TensorDataset(torch.randn(40, 1, 8, 8), torch.arange(40) % 10)
+
+    class Early(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+            trainer.should_stop = trainer.global_step >= 20
+
+    def zeros(*callbacks: pl.Callback, **options: int) -> float:
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        module = Classifier(model)
+        trainer = pl.Trainer(
+            callbacks=[GradualPruning(0.8), *callbacks], logger=False, enable_progress_bar=False,
+            enable_checkpointing=False, enable_model_summary=False, accelerator="cpu", **options,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(images, batch_size=4))
+        return float((model[1].weight == 0).float().mean())
+
+    assert zeros(max_epochs=8) == pytest.approx(0.8, abs=0.01)
+    assert zeros(max_epochs=8, max_steps=20) == pytest.approx(0.8, abs=0.01)
+    with pytest.warns(
+        UserWarning, match=r"pruning came to \d+% zeros of 80%: the run ended before"
+    ):
+        assert zeros(Early(), max_epochs=8) < 0.79
+
+
 def test_pruning_needs_the_length_of_a_pass() -> None:
     class Endless(torch.utils.data.IterableDataset):
         def __iter__(self) -> Iterator:
@@ -438,6 +466,21 @@ def test_sweep_shares_stages_and_compares(tmp_path: Path) -> None:
     said.clear()
     run_sweep(file, settings, tmp_path / "s", resume=True, say=said.append, progress=False)
     assert not any(line.endswith("...") for line in said)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_one_run_that_fails_leaves_the_comparison_of_the_others(tmp_path: Path, jobs: int) -> None:
+    file = tmp_path / "r.json"
+    content = {**SMALL, "train": {"epochs": 0}, "cluster": {}}
+    del content["finetune"]
+    file.write_text(json.dumps(content))
+    settings = ["cluster.budget=0.05,20,30"]
+    with pytest.raises(
+        RecipeError, match=r"1 of 3 runs failed.*sweep\.md.*budget=0\.05: .* 0\.05 KiB"
+    ):
+        run_sweep(file, settings, tmp_path / "s", jobs=jobs, progress=False)
+    rows = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert [row["label"] for row in rows] == ["budget=20", "budget=30"]
 
 
 def test_sweep_needs_values_and_valid_recipes(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -61,10 +62,10 @@ def task_of(recipe: Recipe, named: Data | None) -> Task:
         metric=metric,
         distance=relative_distance,
         options=processes_forked(recipe.trainer),
-        depends={"sources": [digest_of(target) for target in (build, *targets, *judging)]},
     )
     try_out(recipe, task)
-    return task
+    sources = [digest_of(target) for target in (build, *targets, *judging)]
+    return replace(task, depends={"sources": sources})  # by now all is imported
 
 
 def build_module(recipe: Recipe, build: Callable[..., Any]) -> LightningModule:

@@ -29,7 +29,7 @@ from torchclust.recipes.metric import Metric
 from torchclust.recipes.schema import Recipe, VelaSection
 from torchclust.recipes.section import RecipeError, nearest
 from torchclust.recipes.subject import DataSection, ModelSection
-from torchclust.recipes.targets import called, check_arguments, import_target
+from torchclust.recipes.targets import called, check_arguments, digest_of, import_target
 from torchclust.recipes.task import Task, by_function
 from torchclust.zoo.data import DATASETS
 from torchclust.zoo.dataset import Data, DataError
@@ -93,6 +93,8 @@ def classification(recipe: Recipe, data: Data | None) -> Task:
     assert recipe.model is not None
     assert data is not None
     model = build_model(recipe.model, data, recipe.seed, recipe.folder)
+    target = recipe.model.target
+    sources = [digest_of(import_target("model.target", target, recipe.folder))] if target else []
     loading = (installed()[0], data, recipe.data.batch_size, recipe.seed)
     return Task(
         module=Classifier(model, recipe.lr),
@@ -102,6 +104,7 @@ def classification(recipe: Recipe, data: Data | None) -> Task:
         metric=Metric("accuracy", "max", "%"),
         distance=class_divergence,
         options=own.processes_forked(recipe.trainer),
+        depends={"sources": sources},
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,8 @@ def run_recipe(
     if overwrite:
         clear(output)
     output.mkdir(parents=True, exist_ok=True)
+    for name in REPORTS:  # one of another recipe beside this one's files would lie
+        (output / name).unlink(missing_ok=True)
     write_whole(output / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     stages = Stages(stage_folder or output / STAGE_FOLDER, say, progress)
     networks = train_networks(prepared, stages)
@@ -84,7 +86,14 @@ def run_recipe(
     tables = write_tables(prepared, networks, names, output, stages) if recipe.tflm else {}
     packed = write_packed(prepared, networks, output, stages)
     files = Files(exported, compiled, programs, tables, packed)
+    written = {
+        n for found in (exported, compiled, programs, tables) for n in found.get("files", ())
+    }
+    others = left_over(output, written | ({PACKED_FILE} if packed else set()))
+    if others:
+        say(f"not of this recipe, left by an earlier one: {', '.join(others)}")
     report = assemble(recipe, networks, files, stages.seconds, versions())
+    report["left_over"] = others
     plot(report, networks.trained, networks.compressed, output / "report.png")
     write_whole(output / "report.md", markdown(report))
     write_whole(output / "report.json", json.dumps(report, indent=2) + "\n")
@@ -108,6 +117,13 @@ def clear(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
     for folder in (VELA_FOLDER, STAGE_FOLDER):
         shutil.rmtree(output / folder, ignore_errors=True)
+
+
+def left_over(output: Path, written: Collection[str]) -> list[str]:
+    """Name the files in a folder that another recipe's run wrote, and this one's did not."""
+    compiled = (f"{VELA_FOLDER}/{name}_vela.tflite" for name in ("int8", "baseline_int8"))
+    known = (*TFLITE_FILES, *compiled, TABLES_FILE, *PROGRAM_FILES, PACKED_FILE)
+    return [name for name in known if name not in written and (output / name).exists()]
 
 
 def write_whole(path: Path, text: str) -> None:

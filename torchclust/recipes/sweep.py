@@ -67,7 +67,8 @@ def run_sweep(
     of them, and the others wait for it.
 
     Raises:
-        RecipeError, DataError: before anything is written, if any of the recipes can not be run.
+        RecipeError, DataError: before anything is written, if any of the recipes can not be run;
+            at the end, when the others are compared, if a run failed.
     """
     if jobs < 1:
         raise RecipeError(f"--jobs {jobs}: at least 1 process is needed")
@@ -86,33 +87,47 @@ def run_sweep(
             for number, point in enumerate(points, 1)
         )
     )
-    rows = [
-        {"label": point.label, "folder": point.folder, **_figures(report, metric)}
-        for point, report, metric in zip(points, reports, metrics, strict=True)
-    ]
+    rows, failed = [], []
+    for point, report, metric in zip(points, reports, metrics, strict=True):
+        if isinstance(report, RecipeError):
+            failed.append(f"{point.label}: {report}")
+        else:
+            named = {"label": point.label, "folder": point.folder}
+            rows.append({**named, **_figures(report, metric)})
+    if not rows:
+        raise RecipeError(failed[0])
     write_whole(output / "sweep.json", json.dumps(rows, indent=2) + "\n")
     write_whole(output / "sweep.md", markdown(rows))
     _plot(rows, output / "sweep.png", metrics[0])
+    if failed:
+        raise RecipeError(
+            f"{len(failed)} of {len(points)} runs failed, the others are compared in "
+            f"{output / 'sweep.md'}. {'; '.join(failed)}"
+        )
     return rows
 
 
 def _run_point(
     point: Point, output: Path, title: str, say: Callable[[str], None], progress: bool
-) -> dict[str, Any]:
+) -> dict[str, Any] | RecipeError:
+    """Return the report, or an error that is the recipe's own; others end the sweep."""
     say(title)
-    return run_recipe(
-        point.recipe,
-        output / point.folder,
-        resume=True,
-        stage_folder=output / STAGE_FOLDER,
-        say=say,
-        progress=progress,
-    )
+    try:
+        return run_recipe(
+            point.recipe,
+            output / point.folder,
+            resume=True,
+            stage_folder=output / STAGE_FOLDER,
+            say=say,
+            progress=progress,
+        )
+    except RecipeError as error:
+        return error
 
 
 def _in_processes(
     points: Sequence[Point], output: Path, jobs: int, say: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Any] | RecipeError]:
     """Run the points in that many processes, which share the threads of this one."""
     threads = max(1, torch.get_num_threads() // jobs)
     with ProcessPoolExecutor(
@@ -122,7 +137,8 @@ def _in_processes(
         try:
             for number, (point, done) in enumerate(zip(points, running, strict=True), 1):
                 report = done.result()
-                say(f"[{number}/{len(points)}] {point.label}: done")
+                ended = "failed" if isinstance(report, RecipeError) else "done"
+                say(f"[{number}/{len(points)}] {point.label}: {ended}")
                 yield report
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

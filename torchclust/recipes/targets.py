@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
-import importlib
+import importlib.util
 import inspect
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -19,6 +23,7 @@ _NOT_THE_USERS = (
     Path(torch.__file__).parents[1],
     Path(inspect.__file__).parent,
 )
+_SOURCES: WeakKeyDictionary[ModuleType, bytes | None] = WeakKeyDictionary()
 
 
 def import_target(key: str, target: str, folder: str | None) -> Callable[..., Any]:
@@ -88,10 +93,55 @@ def told(error: BaseException) -> str:
 
 
 def digest_of(function: Callable[..., Any]) -> str:
-    """Return a digest of the file that defines a target, which changes while the name stays."""
+    """Return a digest of a target's source and of what that imports of the user's own code.
+
+    Names stay where code changes. The source is that of when it was first asked for, soon after the
+    import: a file that is edited meanwhile does not change what runs here.
+    """
+    digest = hashlib.sha256()
+    start = inspect.getmodule(inspect.unwrap(function))
+    for name, source in sorted(_sources(start).items() if start else ()):
+        digest.update(name.encode() + b"\0" + source + b"\0")
+    return digest.hexdigest()
+
+
+def _sources(start: ModuleType) -> dict[str, bytes]:
+    """The sources of a module and of those of the user's that it imports, directly or not."""
+    found: dict[str, bytes] = {}
+    waiting = [start]
+    while waiting:
+        module = waiting.pop()
+        source = None if module.__name__ in found else _source(module)
+        if source is not None:
+            found[module.__name__] = source
+            waiting += [sys.modules[n] for n in _imported(module, source) if n in sys.modules]
+    return found
+
+
+def _source(module: ModuleType) -> bytes | None:
+    """A module's source as it was when first seen; None if it is none of the user's."""
+    if module not in _SOURCES:
+        file = Path(getattr(module, "__file__", None) or "")
+        is_users = file.is_file() and not any(place in file.parents for place in _NOT_THE_USERS)
+        _SOURCES[module] = file.read_bytes() if is_users else None
+    return _SOURCES[module]
+
+
+def _imported(module: ModuleType, source: bytes) -> Iterator[str]:
+    """Names of what a module's import statements may mean: modules, packages, things in them."""
     try:
-        source = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:  # built in
-        source = None
-    content = Path(source).read_bytes() if source and Path(source).is_file() else b""
-    return hashlib.sha256(content).hexdigest()
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # compiled, or no Python
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = "." * node.level + (node.module or "")
+            if node.level:
+                package = importlib.util.resolve_name(package, module.__package__)
+            names = [package, *(f"{package}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            yield from itertools.accumulate(name.split("."), "{}.{}".format)

@@ -1,0 +1,72 @@
+"""What a choice of clusters spoils, where outputs are masked or not numbers."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from torchclust import ClusterConfig, fisher_information
+from torchclust.allocation.encoded_size import entropy_bytes
+from torchclust.allocation.sensitivity import class_divergence, sensitivity_curves
+from torchclust.distillation.tasks import output_distance, relative_distance
+
+
+class Masked(nn.Module):
+    """Five classes of which one cannot come up."""
+
+    def __init__(self, value: float = -torch.inf) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.value = nn.Linear(8, 32), nn.Linear(32, 5), value
+
+    def forward(self, x: Tensor) -> Tensor:
+        off = torch.tensor([False, False, True, False, False])
+        return self.b(self.a(x).relu()).masked_fill(off, self.value)
+
+
+def curves(model: nn.Module, distance: Any) -> dict[str, list[float]]:
+    configs = {name: [ClusterConfig(k) for k in (2, 8, 32)] for name in ("a.weight", "b.weight")}
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    found = sensitivity_curves(model, configs, x, entropy_bytes, distance=distance)
+    return {name: [choice.loss for choice in choices] for name, choices in found.items()}
+
+
+@pytest.mark.parametrize("distance", [class_divergence, relative_distance, output_distance])
+def test_fewer_clusters_spoil_more_of_masked_outputs_too(distance: Any) -> None:
+    for losses in curves(Masked(), distance).values():
+        assert losses[0] > 3 * losses[1] > 9 * losses[2] > 0
+
+
+def test_a_masked_class_counts_as_one_that_is_not_there() -> None:
+    masked = curves(Masked(), class_divergence)
+    never = curves(Masked(-1e4), class_divergence)
+    for name, losses in masked.items():
+        assert losses == pytest.approx(never[name], rel=1e-4)
+
+
+def test_outputs_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"not numbers, with 'a\.weight' clustered or before"):
+        curves(Masked(torch.nan), class_divergence)
+
+
+def test_fisher_information_of_a_model_of_several_inputs() -> None:
+    """A DataLoader's batches have lists where its items have tuples."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            return self.layer(x + z)
+
+    torch.manual_seed(0)
+    model, data = Two(), TensorDataset(torch.randn(8, 4), torch.randn(8, 4), torch.arange(8) % 3)
+    pairs = [((x, z), y) for x, z, y in data]
+    loss = nn.functional.cross_entropy
+    found = fisher_information(model, DataLoader(pairs, 4), loss)
+    x, z, y = data.tensors
+    expected = fisher_information(model, [((x[:4], z[:4]), y[:4]), ((x[4:], z[4:]), y[4:])], loss)
+    assert torch.equal(found["layer.weight"], expected["layer.weight"])
