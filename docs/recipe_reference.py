@@ -47,7 +47,9 @@ torchclust sweep recipes/mnist_cnn.yaml --set cluster.n_clusters=4,8,16,32
 written. `--set` overrides any key, may be repeated, and takes YAML: `--set prune=null` leaves a
 stage out, `--set data=fashion_mnist` changes a name and keeps the section's other keys. A run that
 was interrupted goes on with `--resume`; stages are kept by what they depend on, so a sweep trains
-once. A `report.json` of an earlier run is a recipe too.
+once: the recipe's sections, the checkpoint, versions, and your own modules that its targets import.
+What is in the folders of your data is not looked at: after other data, name another `--output`. A
+`report.json` of an earlier run is a recipe too.
 
 A run writes into its folder: `report.md` for people and `report.json` for scripts, `report.png`,
 `float.tflite`, `int8.tflite` (clustered), `baseline_int8.tflite` (the *control*, trained for as
