@@ -334,3 +334,9 @@ def test_tensors_that_a_module_makes_in_setup_are_found_before(tmp_path: Path) -
     ) as raised:
         prepare(recipe_with("module.kind=InSetup"))
     assert "\n" not in str(raised.value)
+
+
+def test_a_limit_of_test_batches_is_none_of_calibrations() -> None:
+    prepared = prepare(recipe_with(trainer={"limit_test_batches": 2}))
+    (inputs,) = prepared.task.inputs(prepared.task.module, 80, 0)
+    assert len(inputs) == 80

@@ -254,6 +254,18 @@ def test_checkpoints_refused(tmp_path: Path, content: object, message: str) -> N
         load_checkpoint_(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "c.pt")
 
 
+def test_names_of_tensors_have_dots_and_settings_too(file: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"in braces: +--set 'cluster\.rules={net\.1\.weight: 32}'"
+    ):
+        load_recipe(file, ["cluster.rules.net.1.weight=32"])
+    assert load_recipe(file, ["cluster.rules.Linear=8"]).cluster.rules["Linear"] == 8
+    nested = load_recipe(file, ["cluster.rules.Linear.n_clusters=8"]).cluster.rules
+    assert nested["Linear"] == {"n_clusters": 8}
+    braces = load_recipe(file, ["cluster.rules={net.1.weight: 32}"]).cluster.rules
+    assert braces == {"net.1.weight": 32}
+
+
 def test_every_recipe_is_known() -> None:
     assert {path.stem for path in RECIPES} == SHIPPED
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import (
 
 from torchclust.recipes.schema import Recipe
 from torchclust.recipes.section import RecipeError, nearest
+from torchclust.weight.config import ClusterConfig
 
 
 def load_recipe(file: Path | str, settings: Iterable[str] = ()) -> Recipe:
@@ -77,6 +79,12 @@ def override(content: dict[str, Any], setting: str) -> None:
     if not equals or not last or not all(parents):
         raise RecipeError(f"--set {setting}: expected key=value, e.g. --set cluster.n_clusters=8")
     value = parse_yaml(text, source=f"--set {setting}")
+    if parents[:2] == ["cluster", "rules"] and len(parents) > 2 and last not in _RULE_FIELDS:
+        name = ".".join([*parents[2:], last])
+        raise RecipeError(
+            f"--set {setting}: a tensor's name has dots, which here divide keys; give its rule in "
+            f"braces:  --set 'cluster.rules={{{name}: {text}}}'"
+        )
     for key in parents:
         below = content.get(key)
         if isinstance(below, str):  # a bare name
@@ -98,6 +106,9 @@ def parse_yaml(text: str, *, source: str) -> Any:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise RecipeError(f"{source}: {_one_line(error)}") from None
+
+
+_RULE_FIELDS = {field.name for field in dataclasses.fields(ClusterConfig)}
 
 
 class _Loader(yaml.SafeLoader):

@@ -52,6 +52,11 @@ def judge_on_(data: LightningDataModule, batches: Sequence[Any]) -> None:
     data.test_dataloader = functools.partial(given, kept)  # type: ignore[method-assign]
 
 
+def are_chosen(data: LightningDataModule) -> bool:
+    """Whether the test batches are those of `judge_on_`."""
+    return any(isinstance(one, Batches) for one in getattr(data.test_dataloader, "args", ()))
+
+
 def given(batches: Iterable[Any]) -> Iterable[Any]:
     """Return what it is given: Lightning looks into a hook's code, and processes pickle it."""
     return batches

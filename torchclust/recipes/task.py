@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchclust.lightning.trees import tree_of
-from torchclust.recipes.loaders import judge_on_
+from torchclust.recipes.loaders import are_chosen, judge_on_
 from torchclust.recipes.metric import Metric
 from torchclust.recipes.network import Forward, joined, recorded, stand_in_
 from torchclust.recipes.section import RecipeError
@@ -25,6 +25,7 @@ from torchclust.recipes.training import DEFAULTS, lightning_kept_quiet
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule, LightningModule
 
+_LIMITS = ("limit_test_batches", "overfit_batches", "fast_dev_run")
 Judge = Callable[["LightningModule", "LightningDataModule"], float]
 
 
@@ -141,8 +142,11 @@ def by_test_step(name: str, options: Mapping[str, Any]) -> Judge:
     def judge(module: LightningModule, data: LightningDataModule) -> float:
         tree = tree_of(module)
         assert tree is not None
+        # A limit is on how many test batches judge; others are here because all are wanted.
+        left_out = _LIMITS if are_chosen(data) else ()
+        kept = {key: value for key, value in alone.items() if key not in left_out}
         with lightning_kept_quiet():
-            trainer = tree.Trainer(**{**DEFAULTS, **alone})
+            trainer = tree.Trainer(**{**DEFAULTS, **kept})
             trainer.test(module, datamodule=data, verbose=False)
         logged = trainer.callback_metrics
         if name not in logged:
