@@ -32,6 +32,7 @@ from torchclust.model.charge import charge_
 from torchclust.model.cluster import cluster_, strip_
 from torchclust.model.restore import restore_
 from torchclust.packing.pack import load_packed_, save_packed
+from torchclust.packing.sections import VERSION
 from torchclust.zoo.networks import lenet_5, lenet_300_100
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +169,7 @@ def run(
         "val_error": error(read, data["val"]),
         "test_error": error(read, data["test"]),
         "bytes": size.bytes,
+        "format": VERSION,
         "ratio": dense / size.bytes,
         "tensors": {row.name: [row.bytes, row.kind, row.n_clusters] for row in size.rows},
     }
@@ -178,17 +180,21 @@ def print_table() -> None:
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for row in rows:
-        key = (row["network"], row["shift"], sum(row["epochs"]), row["rate"])
+        key = row["network"], row["shift"], sum(row["epochs"]), row["rate"], row.get("format", 1)
         groups.setdefault(key, {})[row["seed"]] = row
-    print("| network | images moved | epochs | rate | seeds | test error | smaller | bytes |")
-    print("|---|---|---:|---:|---:|---|---|---|")
-    for (network, shift, epochs, rate), by_seed in sorted(groups.items()):
+    print(
+        "| network | images moved | epochs | rate | format | seeds | test error | smaller | bytes |"
+    )
+    print("|---|---|---:|---:|---:|---:|---|---|---|")
+    for (network, shift, epochs, rate, format_), by_seed in sorted(groups.items()):
         runs = [by_seed[seed] for seed in sorted(by_seed)]
         tests = ", ".join(f"{run['test_error']:.2f}" for run in runs)
         sizes = ", ".join(f"{run['bytes']:,}" for run in runs)
         smaller = ", ".join(f"{run['ratio']:.0f}x" for run in runs) if rate else "control"
         moved = f"{shift} pixel" if shift else "no"
-        print(f"| {network} | {moved} | {epochs} | {rate:g} | {len(runs)} | {tests} % | ", end="")
+        named = f"{format_}" if rate else ""
+        print(f"| {network} | {moved} | {epochs} | {rate:g} | {named} | ", end="")
+        print(f"{len(runs)} | {tests} % | ", end="")
         print(f"{smaller} | {sizes} |")
 
 
