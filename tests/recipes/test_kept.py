@@ -66,44 +66,37 @@ def test_a_folder_holds_what_its_report_says(tmp_path: Path) -> None:
     """One setting, another and the first again: TFLite, Vela's and the packed file follow."""
     written: dict[int, dict[str, bytes]] = {}
     names = ("int8.tflite", "clustered_float.tflite", "model.packed", "vela/int8_vela.tflite")
+    sections: dict[str, Any] = {"export": {"calibration_samples": 8}, "vela": {}}
+    sections["pack"] = {"mantissa_bits": 4}
+
+    def run(**changed: Any) -> tuple[dict[str, Any], list[str]]:
+        """Also which stages of files ran."""
+        lines: list[str] = []
+        recipe = parse_recipe(RECIPE | sections | changed)
+        report = run_recipe(recipe, tmp_path, resume=True, say=lines.append, progress=False)
+        ran = [line.removesuffix(" ...") for line in lines if line.endswith(" ...")]
+        return report, [stage for stage in ran if stage in ("export", "vela", "pack")]
+
     for k in (8, 4, 8):
-        sections = {
-            "cluster": {"n_clusters": k},
-            "export": {"calibration_samples": 8},
-            "vela": {},
-            "pack": {"mantissa_bits": 4},
-        }
-        report = run_recipe(parse_recipe(RECIPE | sections), tmp_path, resume=True, progress=False)
+        report, ran = run(cluster={"n_clusters": k})
+        assert ran == ["export", "vela", "pack"]
         assert report["bytes"]["int8_tflite"] == (tmp_path / "int8.tflite").stat().st_size
         assert report["bytes"]["packed"] == packed_size(tmp_path / "model.packed").bytes
         files = {name: (tmp_path / name).read_bytes() for name in names}
         assert files == written.setdefault(k, files)
     assert all(written[8][name] != written[4][name] for name in names)
-
-
-@pytest.mark.slow
-def test_a_stage_runs_again_only_for_what_it_depends_on(tmp_path: Path) -> None:
-    def said(**sections: Any) -> list[str]:
-        lines: list[str] = []
-        recipe = parse_recipe(RECIPE | sections)
-        run_recipe(recipe, tmp_path, resume=True, say=lines.append, progress=False)
-        return [line for line in lines if line.endswith("...") or line.startswith("  int8")]
-
-    sections = {"cluster": {"n_clusters": 8}, "export": {"calibration_samples": 8}}
-    assert "export ..." in said(**sections)
-    assert said(**sections) == []
-    assert said(**sections, pack={"mantissa_bits": 4}) == ["pack ..."]
-    assert said(**sections, vela={}) == ["vela ...", "  int8.tflite for ethos-u55-128"]
-    # Not clustered any more: the int8 file of before stays, named as such, and nobody compiles it.
-    del sections["cluster"]
-    assert said(**sections, vela={}) == ["export ...", "vela ..."]
-    report = json.loads((tmp_path / "report.json").read_text())
+    # A stage runs again only for what it depends on; Vela's own file is none of the folder's.
+    assert run(cluster={"n_clusters": 8})[1] == []
+    assert run(cluster={"n_clusters": 8}, pack={"mantissa_bits": 5})[1] == ["pack"]
+    vela = {"config": "Arm/vela.ini", "system_config": "Ethos_U55_High_End_Embedded"}
+    vela["memory_mode"] = "Shared_Sram"
+    assert run(cluster={"n_clusters": 8}, pack={"mantissa_bits": 5}, vela=vela)[1] == ["vela"]
+    # Not clustered any more: the files of before stay, named as such, and nobody compiles them.
+    report, ran = run(pack=None, export={"calibration_samples": 9})
+    assert ran == ["export", "vela"]
     stale = ["clustered_float.tflite", "int8.tflite", "vela/int8_vela.tflite", "model.packed"]
     assert report["left_over"] == stale
     assert all((tmp_path / name).exists() for name in stale)
-    # Vela's own file of configurations is none of the folder's.
-    ours = {"config": "Arm/vela.ini", "system_config": "Ethos_U55_High_End_Embedded"}
-    assert said(**sections, vela={**ours, "memory_mode": "Shared_Sram"}) == ["vela ..."]
 
 
 def test_a_run_that_dies_leaves_no_report_of_another(

@@ -119,25 +119,6 @@ def test_where_any_rounding_shows_all_bits_are_kept() -> None:
     assert mantissa_bits_for(Sharp(), (torch.randn(4, 1),)) == 24
 
 
-def test_a_packed_file_that_is_gone_is_written_again(tmp_path: Path, stages: Path) -> None:
-    said: list[str] = []
-    recipe = parse_recipe(RECIPE | {"pack": {"mantissa_bits": 5}})
-
-    def run() -> None:
-        run_recipe(
-            recipe, tmp_path, resume=True, stage_folder=stages, say=said.append, progress=False
-        )
-
-    run()
-    before = (tmp_path / "model.packed").read_bytes()
-    run()
-    assert said[-1] == "pack: done before"
-    (tmp_path / "model.packed").unlink()
-    run()
-    assert said[-1] == "pack ..."
-    assert (tmp_path / "model.packed").read_bytes() == before
-
-
 def test_nothing_to_pack_is_refused() -> None:
     with pytest.raises(RecipeError, match="pack needs the section cluster or prune"):
         parse_recipe({k: v for k, v in RECIPE.items() if k != "cluster"} | {"pack": {}})

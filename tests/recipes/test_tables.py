@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,6 +17,7 @@ from torchclust.export.micro_interpreter import least_arena
 from torchclust.recipes import tables
 from torchclust.recipes.kept import Result, Stages
 
+EXPORTED = ("int8.tflite", "baseline_int8.tflite")
 INPUTS = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -23,15 +25,15 @@ def export(model: nn.Module, path: Path) -> None:
     to_tflite(model, INPUTS[:1], path, calibration=[INPUTS])
 
 
-def written(folder: Path, said: list[str]) -> Result:
+def written(folder: Path, said: list[str], exported: Sequence[str] = EXPORTED) -> Result:
     recipe = SimpleNamespace(
-        tflm=SimpleNamespace(max_arena=None), seed=0, to_dict=lambda: {"tflm": {}}
+        tflm=SimpleNamespace(max_arena=None), seed=0, sections=lambda *names: {"tflm": {}}
     )
     task = SimpleNamespace(inputs=lambda model, count, seed: INPUTS[:count])
     prepared = cast(Any, SimpleNamespace(recipe=recipe, task=task))
     networks = cast(Any, SimpleNamespace(modules={"trained": None}))
     stages = Stages(folder / "stages", say=said.append)
-    return tables.write_tables(prepared, networks, folder, stages)
+    return tables.write_tables(prepared, networks, exported, folder, stages)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +66,7 @@ def test_its_figures_are_those_of_the_files(tmp_path: Path) -> None:
 
 def test_nothing_is_written_where_nothing_was_clustered(tmp_path: Path) -> None:
     said = list[str]()
-    assert not {"version", "flash_bytes"} & set(written(tmp_path, said))
+    (tmp_path / "int8.tflite").write_bytes(b"of an earlier recipe")
+    assert written(tmp_path, said, ["baseline_int8.tflite"]) == {}
     assert not (tmp_path / tables.TABLES_FILE).exists()
-    written(tmp_path, said)
-    assert said == ["tflm ...", "tflm: done before"]
+    assert said == []
