@@ -14,7 +14,7 @@ from torchclust.export.tflite import TFLiteExport, to_tflite
 from torchclust.export.vela import vela
 from torchclust.export.vela_config import ARM
 from torchclust.export.vela_report import VelaReport
-from torchclust.recipes.kept import Result, Stages, digest_of_file, digest_of_networks, origin
+from torchclust.recipes.kept import Result, Stages, digest_of_file, origin
 from torchclust.recipes.prepare import Prepared
 from torchclust.recipes.stages import Networks
 
@@ -51,7 +51,7 @@ def export_files(prepared: Prepared, networks: Networks, output: Path, stages: S
                 found[name]["accuracy"] = task.score(module, forward=file)
         return found
 
-    depends = [origin(prepared), digest_of_networks(modules.values()), recipe.sections("export")]
+    depends = [origin(prepared), networks.digest, recipe.sections("export")]
     return stages.result("export", depends, compute, folder=output)
 
 

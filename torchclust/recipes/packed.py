@@ -19,7 +19,7 @@ from torchclust.distillation.tasks import relative_distance
 from torchclust.packing.mantissas import round_mantissas_
 from torchclust.packing.pack import save_packed
 from torchclust.packing.size import PackedSize
-from torchclust.recipes.kept import Result, Stages, digest_of_networks, origin
+from torchclust.recipes.kept import Result, Stages, origin
 from torchclust.recipes.prepare import Prepared
 from torchclust.recipes.section import RecipeError
 from torchclust.recipes.stages import Networks
@@ -52,8 +52,7 @@ def write_packed(prepared: Prepared, networks: Networks, output: Path, stages: S
         score = task.score(module)
         return {**found, "files": [PACKED_FILE], "mantissa_bits": bits, "accuracy": score}
 
-    depends = [origin(prepared), digest_of_networks(networks.modules.values())]
-    depends.append(prepared.recipe.sections("pack"))
+    depends = [origin(prepared), networks.digest, prepared.recipe.sections("pack")]
     return stages.result("pack", depends, compute, folder=output)
 
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torchclust.export.executorch import packages
 from torchclust.export.executorch.program import PTEExport, to_pte
 from torchclust.export.file_network import FileNetwork
-from torchclust.recipes.kept import Result, Stages, digest_of_networks, origin
+from torchclust.recipes.kept import Result, Stages, origin
 from torchclust.recipes.prepare import Prepared
 from torchclust.recipes.schema import ExportSection
 from torchclust.recipes.stages import Networks
@@ -53,7 +53,7 @@ def write_programs(prepared: Prepared, networks: Networks, output: Path, stages:
         return found
 
     sections = recipe.sections("export", "executorch")
-    depends = [origin(prepared), digest_of_networks(modules.values()), sections]
+    depends = [origin(prepared), networks.digest, sections]
     return stages.result("executorch", depends, compute, folder=output)
 
 

@@ -104,7 +104,7 @@ class GradualPruning(Callback):
         due = min(self.UPDATES, int(self.UPDATES * seen / ramp))
         if due > self._done:
             self._done = due
-            share = self.sparsity * (1 - (1 - due / self.UPDATES) ** 3)
+            share = self._share()
             weights = prunable(pl_module.get_submodule(self.path))
             _make_permanent(weights)
             prune.global_unstructured(weights, prune.L1Unstructured, amount=share)
@@ -113,14 +113,17 @@ class GradualPruning(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the zeros permanent, and say where the run ended before they were all there."""
         if 0 < self._done < self.UPDATES:
-            came_to = self.sparsity * (1 - (1 - self._done / self.UPDATES) ** 3)
             warnings.warn(
-                f"pruning came to {came_to:.0%} zeros of {self.sparsity:.0%}: the run ended before "
-                f"its last epoch. Ask for fewer prune.epochs, or take out what ends it early",
+                f"pruning came to {self._share():.0%} zeros of {self.sparsity:.0%}: the run ended "
+                "before its last epoch. Ask for fewer prune.epochs, or take out what ends it early",
                 stacklevel=2,
             )
         _make_permanent(prunable(pl_module.get_submodule(self.path)))
         self.dropout.on_fit_end(trainer, pl_module)
+
+    def _share(self) -> float:
+        """Zeros after the updates that are done."""
+        return self.sparsity * (1 - (1 - self._done / self.UPDATES) ** 3)
 
 
 def prunable(model: nn.Module) -> list[tuple[nn.Module, str]]:

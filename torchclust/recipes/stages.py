@@ -12,6 +12,7 @@ from the same start. Every "baseline" in the report is the control's.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +30,7 @@ from torchclust.model.restore import restore_
 from torchclust.recipes import choice
 from torchclust.recipes.chip import codebooks_of, measure_of, sizes_in_file
 from torchclust.recipes.classifier import Classifier
-from torchclust.recipes.kept import Result, Stages, origin
+from torchclust.recipes.kept import Result, Stages, digest_of_networks, origin
 from torchclust.recipes.prepare import Prepared, cluster_network_
 from torchclust.recipes.pruning import GradualPruning, SparseDropout
 from torchclust.recipes.schema import ClusterSection, FinetuneSection, PruneSection, Schedule
@@ -63,6 +64,11 @@ class Networks:
     modules: Mapping[str, LightningModule]
     accuracy: dict[str, float | None]
     chosen: choice.Chosen | None = None
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What a file made of them depends on: every tensor of every module, read once."""
+        return digest_of_networks(self.modules.values())
 
     @property
     def trained(self) -> nn.Module:
