@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchclust import ClusterConfig, fisher_information
 from torchclust.allocation.encoded_size import entropy_bytes
 from torchclust.allocation.sensitivity import class_divergence, sensitivity_curves
+from torchclust.data_aware.divergence import divergence
 from torchclust.distillation.tasks import output_distance, relative_distance
 
 
@@ -44,6 +45,27 @@ def test_a_masked_class_counts_as_one_that_is_not_there() -> None:
     never = curves(Masked(-1e4), class_divergence)
     for name, losses in masked.items():
         assert losses == pytest.approx(never[name], rel=1e-4)
+
+
+def test_classes_beside_a_masked_one_are_learned_from() -> None:
+    """The divergence is that of the other classes, and its gradient is finite."""
+    kept, mask = [0, 1, 3, 4], torch.tensor([False, False, True, False, False])
+    wanted = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    masked = [outputs.masked_fill(mask, -torch.inf) for outputs in (logits, wanted)]
+    found = divergence(*masked)
+    expected = nn.functional.kl_div(
+        logits[:, kept].log_softmax(1),
+        wanted[:, kept].log_softmax(1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    assert torch.allclose(found, expected)
+    gradients = (torch.autograd.grad(loss, logits)[0] for loss in (found, expected))
+    assert torch.allclose(*gradients, atol=1e-7)
+    masked = [outputs.detach().masked_fill(mask, -torch.inf) for outputs in (logits, wanted)]
+    more = output_distance(*masked) - relative_distance(*masked)
+    assert more.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_outputs_that_are_no_numbers_are_refused() -> None:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchclust.allocation.encoded_size import Measure, encoded_bytes
 from torchclust.allocation.knapsack import Choice
+from torchclust.data_aware.divergence import divergence
 from torchclust.model.cluster import cluster_
 from torchclust.model.slots import live_weights
 from torchclust.weight.config import ClusterConfig
@@ -134,9 +135,7 @@ def class_divergence(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Ten
     and not its diagonal; and unlike that it also holds where the change is large, as with three
     codes.
     """
-    after, before = (logits[0].double().log_softmax(1) for logits in (outputs, wanted))
-    masked = before == -torch.inf  # a class that cannot come up, whatever is made of it
-    return (before.exp() * (before - after)).masked_fill(masked, 0).sum(1).mean()
+    return divergence(outputs[0].double(), wanted[0].double())
 
 
 def _outputs(model: nn.Module, inputs: Tensor | Sequence[Tensor]) -> list[Tensor]:

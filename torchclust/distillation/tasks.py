@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchclust.data_aware.batches import Call, tensors_in
 from torchclust.data_aware.blocks import Block
+from torchclust.data_aware.divergence import divergence
 from torchclust.data_aware.layers import Side
 
 
@@ -77,10 +78,5 @@ def output_distance(output: Any, target: Any) -> Tensor:
     total = relative_distance(output, target)
     for y, t in zip(tensors_in(output), tensors_in(target), strict=True):
         if y.dim() == 2 and y.shape[1] > 1:
-            wanted = t.detach().to(y.device).float().log_softmax(1)
-            if wanted.isinf().any():  # masked classes
-                continue
-            total = total + nn.functional.kl_div(
-                y.float().log_softmax(1), wanted, reduction="batchmean", log_target=True
-            )
+            total = total + divergence(y.float(), t.detach().to(y.device).float())
     return total
