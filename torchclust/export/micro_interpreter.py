@@ -20,12 +20,35 @@ from torchclust.export.resolver import ETHOS_U, registrations
 _AMPLE = 1 << 26  # bytes of arena, more than any microcontroller has
 _STEP = 16  # the interpreter's alignment
 _RECORDED = re.compile(r"Arena allocation total (\d+) bytes")
-_TRIAL = """
+_RUN = """
 import sys
 from tflite_micro import runtime
-runtime.Interpreter.from_bytes(sys.stdin.buffer.read(), arena_size=int(sys.argv[1]))
+runtime.Interpreter.from_bytes(sys.stdin.buffer.read(), arena_size=int(sys.argv[1])).invoke()
 """
-_RUN = _TRIAL.strip() + ".invoke()"
+# Each trial is a child of its own: kernels may write past too small an arena.
+_SEARCH = """
+import os, sys
+from tflite_micro import runtime
+
+content, (low, high, step) = sys.stdin.buffer.read(), map(int, sys.argv[1:])
+
+def fits(steps):
+    child = os.fork()
+    if child == 0:
+        try:
+            runtime.Interpreter.from_bytes(content, arena_size=steps * step)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+while not fits(high):
+    low, high = high, high + high // 8 + 1
+while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (low, middle) if fits(middle) else (middle, high)
+print(high * step)
+"""
 # Operators whose kernels say so when they cannot do something; others may abort the process.
 _COMMON_OPERATORS = """
 ABS ADD AVERAGE_POOL_2D BATCH_MATMUL CONCATENATION CONV_2D DEPTHWISE_CONV_2D DEQUANTIZE DIV
@@ -86,13 +109,9 @@ def least_arena(content: bytes) -> int:
     begins near what the interpreter says itself.
     """
     recorded = Micro(content).recorded_arena()
-    low, high = recorded * 7 // 8 // _STEP, recorded // _STEP + 1
-    while not _fits(content, high * _STEP):
-        low, high = high, high + high // 8 + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _fits(content, middle * _STEP) else (middle, high)
-    return high * _STEP
+    done = _python(_SEARCH, content, recorded * 7 // 8 // _STEP, recorded // _STEP + 1, _STEP)
+    done.check_returncode()
+    return int(done.stdout.split()[-1])
 
 
 def survives(content: bytes, graph: Graph, arena: int) -> bool:
@@ -102,17 +121,13 @@ def survives(content: bytes, graph: Graph, arena: int) -> bool:
     """
     if {operator.name for operator in graph.operators} <= set(_COMMON_OPERATORS.split()):
         return True
-    return _status(_RUN, content, arena) >= 0
+    return _python(_RUN, content, arena).returncode >= 0
 
 
-def _fits(content: bytes, arena: int) -> bool:
-    """Whether it prepares, in a process of its own: kernels may write past too small an arena."""
-    return _status(_TRIAL, content, arena) == 0
-
-
-def _status(script: str, content: bytes, arena: int) -> int:
-    command = [sys.executable, "-c", script, str(arena)]
-    return subprocess.run(command, input=content, capture_output=True).returncode
+def _python(script: str, content: bytes, *numbers: int) -> subprocess.CompletedProcess[bytes]:
+    """A script of its own process that reads the file and these numbers."""
+    command = [sys.executable, "-c", script, *map(str, numbers)]
+    return subprocess.run(command, input=content, capture_output=True, check=False)
 
 
 def check_runs_on_micro(content: bytes, name: str) -> tuple[Port, ...]:
