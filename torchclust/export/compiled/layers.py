@@ -27,7 +27,8 @@ class Layer:
             convolution of integers uses them.
         scales: what may stand beside the weights, by the operators that use them; none where
             it is not known.
-        starts: the first output channel of each group.
+        starts: the first output channel of each group; of a depthwise convolution, the output
+            channels of the first input channel.
     """
 
     weight: Weight
@@ -69,12 +70,14 @@ def _layer(graph: Graph, weight: Weight) -> Layer:
         np.append(codes.ravel(), np.int16(0)),
         _convolution(np.arange(codes.size).reshape(codes.shape), users),
         tuple(_scales(graph, tensor, operator) for operator in users),
-        _groups(graph, tensor, weight.operator),
+        _starts(graph, tensor, weight.operator),
     )
 
 
-def _groups(graph: Graph, tensor: Tensor, operator: Operator) -> range:
+def _starts(graph: Graph, tensor: Tensor, operator: Operator) -> range:
     """Where the groups of a grouped convolution begin; the whole of any other is one."""
+    if operator.name == "DEPTHWISE_CONV_2D":
+        return range(tensor.shape[3] // graph.activation(operator).shape[3])
     if operator.name != "CONV_2D":
         return range(1)
     groups = graph.activation(operator).shape[3] // tensor.shape[3]
@@ -101,10 +104,17 @@ def _turned(positions: Array, height: int, width: int) -> Iterator[Array]:
 
 
 def _spread(positions: Array, height: int, width: int) -> Iterator[Array]:
-    """The accelerator dilates by 2 at most; for more, zeros stand between the kernel's rows."""
+    """The accelerator dilates by 2 at most; for more, zeros stand between the kernel's rows.
+
+    It strides by 3 at most; for more, each place of the kernel is a convolution of its own.
+    """
     rows, columns = positions.shape[1:3]
     if (height, width) == (rows, columns):
         yield positions
+        return
+    if (height, width) == (1, 1):
+        for y, x in itertools.product(range(rows), range(columns)):
+            yield positions[:, y : y + 1, x : x + 1]
         return
     down, across = (max(1, (a - 1) // max(1, b - 1)) for a, b in ((height, rows), (width, columns)))
     if (height, width) == ((rows - 1) * down + 1, (columns - 1) * across + 1):

@@ -34,7 +34,7 @@ class Match:
 @dataclass(frozen=True, eq=False)
 class _Candidate:
     layer: int
-    start: int
+    channels: range
     positions: Array
 
 
@@ -60,7 +60,7 @@ def match(
         found = _compare(candidates, layers, decoded, constants, device)
         while found is not None:
             covered[found.layer][found.positions] = True
-            starts[found.layer].add(found.start + operation.layout.shape[0])
+            starts[found.layer].add(found.channels.stop)
             yield Match(found.layer, found.positions[found.positions != ZERO], decoded)
             # Equal layers, or groups of one, share a stream, and their operations are the same.
             parts = _parts(operation, layers, starts)
@@ -77,18 +77,22 @@ def _parts(
 ) -> Iterator[_Candidate]:
     """Parts of layers that have the operation's shape: groups of channels, or what is left of one.
 
-    The compiler may cut a layer by its output channels; a part begins where another one ended.
+    The compiler may cut a layer by its output channels; a part begins where another one ended. A
+    depthwise operation makes one output channel of each input channel: where the layer makes
+    several there are as many operations, and each has one channel in so many.
     """
     outputs, height, width, inputs = operation.layout.shape
     for number, layer in enumerate(layers):
         if operation.layout.depthwise and layer.weight.operator.name != "DEPTHWISE_CONV_2D":
             continue
+        step = len(layer.starts) if operation.layout.depthwise else 1
         for view in layer.views(height, width):
             if view.shape[3] != inputs:
                 continue
             for start in sorted(starts[number]):
-                if start + outputs <= len(view):
-                    yield _Candidate(number, start, view[start : start + outputs].ravel())
+                channels = range(start, start + outputs * step, step)
+                if channels[-1] < len(view):
+                    yield _Candidate(number, channels, view[channels].ravel())
 
 
 def _compare(
@@ -107,13 +111,13 @@ def _compare(
         NotVerifiedError: there is none of that shape.
     """
     values, order = decoded.values, decoded.order
-    nearest, fewest = "the compiled file has a kernel that is in no layer", len(values) + 1
+    nearest, fewest = "", len(values) + 1
     for candidate in candidates:
         expected = layers[candidate.layer].codes[np.append(candidate.positions, ZERO)[order]]
         wrong = np.flatnonzero(expected != values)
         if not len(wrong):
             layer = layers[candidate.layer]
-            if _has_scales(decoded.operation, constants, device, layer, candidate.start):
+            if _has_scales(decoded.operation, constants, device, layer, candidate.channels):
                 return candidate
             if fewest:
                 fewest, nearest = 0, f"the compiled file has other scales in {layer.name}"
@@ -126,11 +130,12 @@ def _compare(
             )
     if _is_compilers_own(decoded):
         return None
-    if not candidates and not decoded.operation.layout.depthwise:
-        shape = "x".join(map(str, decoded.operation.layout.shape))
+    if not candidates:
+        layout = decoded.operation.layout
+        kind = "depthwise convolution" if layout.depthwise else "convolution"
         raise NotVerifiedError(
-            f"the compiled file has a convolution of shape {shape} (O, H, W, I) that no layer "
-            f"of the original has"
+            f"the compiled file has a {kind} of shape {'x'.join(map(str, layout.shape))} "
+            f"(O, H, W, I) that no layer of the original has"
         )
     raise CompiledFileError(nearest)
 
@@ -163,28 +168,29 @@ def _reads(
     layer = layers[part.layer]
     expected = layer.codes[np.append(part.positions, ZERO)[decoded.order]]
     return np.array_equal(expected, decoded.values) and _has_scales(
-        decoded.operation, constants, device, layer, part.start
+        decoded.operation, constants, device, layer, part.channels
     )
 
 
 def _has_scales(
-    operation: Operation, constants: bytes, device: Hardware, layer: Layer, start: int
+    operation: Operation, constants: bytes, device: Hardware, layer: Layer, channels: range
 ) -> bool:
     """Whether each core's stream of biases, multipliers and shifts is the layer's own."""
     u85 = device.family == "ethos-u85"
     form = (6, 2) if operation.wide else (4, 4) if u85 else (5, 4)
-    step = len(operation.scales)
+    cores = len(operation.scales)
     for core, span in enumerate(operation.scales if layer.scales else ()):
-        channels = np.arange(start + core, start + operation.layout.shape[0], step)
-        found = decode_scales(cut(constants, span), len(channels), *form)
-        if not any(_same(found, expected, channels) for expected in layer.scales):
+        share = channels[core::cores]
+        found = decode_scales(cut(constants, span), len(share), *form)
+        if not any(_same(found, expected, share) for expected in layer.scales):
             return False
     return True
 
 
-def _same(found: ScaleStream, expected: ScaleStream, channels: Array) -> bool:
+def _same(found: ScaleStream, expected: ScaleStream, channels: range) -> bool:
+    at = np.array(channels, int)
     return (
-        np.array_equal(found.biases, expected.biases[channels])
-        and np.array_equal(found.multipliers, expected.multipliers[channels])
-        and np.array_equal(found.shifts, expected.shifts[channels])
+        np.array_equal(found.biases, expected.biases[at])
+        and np.array_equal(found.multipliers, expected.multipliers[at])
+        and np.array_equal(found.shifts, expected.shifts[at])
     )
