@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -182,6 +183,35 @@ def test_max_arena_cuts_the_largest_weights_or_leaves_them(files: Callable, tmp_
     assert not (tmp_path / "no.tflite").exists()
 
 
+def test_a_weight_has_no_more_parts_than_rows(tmp_path: Path) -> None:
+    """Five rows in two, four and five parts; what does not fit then is left."""
+    torch.manual_seed(0)
+    model, data = nn.Linear(3072, 5).eval(), torch.randn(4, 3072)
+    path = written(cluster_(model, 8, codebook_dtype="int8"), tmp_path / "m.tflite", data)
+    for bound, rows in ((17000, [2, 3]), (13000, [1, 1, 1, 2]), (11000, [1] * 5)):
+        report = tflm(path, tmp_path / "t.tflite", max_arena=bound)
+        assert report.arena_after <= bound
+        assert [row.shape[0] for row in report.rows] == rows
+    with pytest.raises(ExportError, match="leaves no weight to decode"):
+        tflm(path, tmp_path / "t.tflite", max_arena=9500)
+
+
+def test_a_convolution_in_groups_is_not_cut(tmp_path: Path) -> None:
+    """Cut, its channels would belong to other groups."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3, groups=2)).eval()
+    cluster_(model, 8, codebook_dtype="int8")
+    path = written(model, tmp_path / "m.tflite", torch.randn(4, 3, 12, 12))
+    free = tflm(path, tmp_path / "free.tflite")
+    report = tflm(path, tmp_path / "t.tflite", max_arena=free.arena_after - 2000)
+    assert report.arena_after <= free.arena_after - 2000
+    left = "its decoding exceeds max_arena"
+    assert [(row.shape, row.left) for row in report.rows] == [
+        ((32, 3, 3, 3), None),
+        ((64, 3, 3, 16), left),
+    ]
+
+
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_parts_answer_as_the_whole(count: int, files: Callable) -> None:
     """Also where channels do not divide evenly; weights, biases and scales are cut, not copied."""
@@ -300,9 +330,29 @@ def test_what_cannot_be_done_says_why(
         tflm(files(8), output, inputs=(images, images))
     with pytest.raises(ValueError, match="all but the first dimension, which counts samples"):
         tflm(files(8), output, inputs=torch.zeros(2, 3, 4, 4))
-    with pytest.raises(OSError, match=r"nowhere"):
-        tflm(files(8), tmp_path / "nowhere" / "t.tflite")
     assert not output.exists()
+
+
+def test_the_output_is_whole_or_what_it_was(
+    files: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A folder that is missing says so before anything is planned."""
+    path, output = files(4), tmp_path / "t.tflite"
+    output.write_bytes(b"before")
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on the device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="no space left"):
+            tflm(path, output)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [
+        ("t.tflite", b"before")
+    ]
+    monkeypatch.setattr(module, "plan", None)
+    with pytest.raises(FileNotFoundError, match=r"cannot write .*the folder .*nowhere does not"):
+        tflm(path, tmp_path / "nowhere" / "t.tflite")
 
 
 def test_an_operator_that_tflite_micro_lacks(files: Callable, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 A decoded weight lies in the arena while its operator runs. Output channels do not depend on each
 other: cut along them, one operator becomes several, and a CONCATENATION puts their outputs in order
-again. The answers stay the same to the bit.
+again. The answers stay the same to the bit, but for a convolution in groups: which inputs an output
+channel reads depends on how many there are, so one of those has to stay whole.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def in_parts(content: bytes, counts: Mapping[int, int]) -> tuple[bytes, dict[int
 
     Args:
         content: the file.
-        counts: {weight tensor of the first subgraph, read by one operator: number of parts}.
+        counts: {weight tensor of the first subgraph, read by one operator and not in groups: number
+            of parts, at most its output channels}.
 
     Returns:
         The file, and {weight tensor: the one that it is a part of}; the first part has its index.

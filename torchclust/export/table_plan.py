@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from torchclust.export.backends import ExportError
-from torchclust.export.graph import Graph, Weight, read_graph
+from torchclust.export.graph import Graph, Operator, Weight, read_graph
 from torchclust.export.lookup_tables import OVERHEAD, Encoded, encode, with_tables
 from torchclust.export.micro_interpreter import least_arena
 from torchclust.export.parts import DIVISIBLE, in_parts
@@ -55,14 +55,15 @@ class Plan:
 def plan(content: bytes, max_arena: int | None) -> Plan:
     """Turn every weight that becomes smaller into a table, as far as the arena allows.
 
-    While the arena is too large, the largest decoded weight is cut into twice as many parts; one
-    that cannot be cut any more is left as it is.
+    While the arena is too large, the largest decoded weight is cut into twice as many parts, but no
+    more than it has rows; one that cannot be cut any more is left as it is.
 
     Raises:
         ExportError: no weight is left.
     """
     counts: dict[int, int] = {}
     left: set[int] = set()
+    rows = {w.tensor.index: w.tensor.shape[0] for w in read_graph(content).weights()}
     while True:
         cut, origins = in_parts(content, counts)
         graph = read_graph(cut)
@@ -76,8 +77,8 @@ def plan(content: bytes, max_arena: int | None) -> Plan:
             return Plan(rewritten, arena, tuple(_row(w, found) for w in graph.weights()))
         largest = max(chosen, key=lambda i: math.prod(graph.tensors[i].shape))
         origin = origins.get(largest, largest)
-        count = 2 * counts.get(origin, 1)
-        if count <= _MOST_PARTS and _can_be_cut(largest, graph):
+        count = min(2 * counts.get(origin, 1), rows[origin], _MOST_PARTS)
+        if count > counts.get(origin, 1) and _can_be_cut(largest, graph):
             counts[origin] = count
         else:
             left.add(origin)
@@ -88,8 +89,15 @@ def _can_be_cut(index: int, graph: Graph) -> bool:
     tensor = graph.tensors[index]
     users = graph.users(tensor)
     size, rows = math.prod(tensor.shape), tensor.shape[0]
-    divisible = len(users) == 1 and users[0].name in DIVISIBLE
+    divisible = len(users) == 1 and users[0].name in DIVISIBLE and not _in_groups(users[0], graph)
     return divisible and rows > 1 and size >= 2 * _SMALLEST_PART
+
+
+def _in_groups(operator: Operator, graph: Graph) -> bool:
+    """A kernel counts groups by channels: with fewer outputs they would read other inputs."""
+    if operator.name != "CONV_2D":
+        return False
+    return graph.activation(operator).shape[3] != graph.tensors[operator.inputs[1]].shape[3]
 
 
 def _considered(weight: Weight, graph: Graph, left: set[int]) -> Encoded | str:

@@ -27,6 +27,7 @@ from torchclust.export.micro_interpreter import (
     random_inputs,
 )
 from torchclust.export.table_plan import TableRow, plan
+from torchclust.export.whole_file import check_folder, write_whole
 from torchclust.progress import track
 
 TESTED = "0.dev20261023182759"  # of tflite-micro: DECODE is new, and its format may still change
@@ -108,6 +109,7 @@ def tflm(
     Raises:
         ExportError: the outputs differ; no tensor becomes smaller; the file is float, compiled for
             an NPU, or has an operator that tflite-micro lacks.
+        FileNotFoundError: the output's folder does not exist.
         ImportError: tflite-micro is not installed, or in another version than was tested.
 
     Example:
@@ -124,7 +126,8 @@ def tflm(
         >>> report.flash_after < 0.5 * report.flash_before
         True
     """
-    path, version = Path(path), _tested_version()
+    path, output, version = Path(path), Path(output), _tested_version()
+    check_folder(output)
     content = path.read_bytes()
     ports = check_runs_on_micro(content, str(path))
     samples = [] if inputs is None else list(as_inputs(inputs, ports))
@@ -137,9 +140,9 @@ def tflm(
             "to_tflite (at most 128 codes; 4, 8 or 16 clusters pay off), or see inspect_tflite"
         )
     ratio = _compare(content, planned.content, samples)
-    Path(output).write_bytes(planned.content)
+    write_whole(output, planned.content)
     return TFLMReport(
-        path=Path(output),
+        path=output,
         rows=planned.rows,
         flash_before=len(content),
         flash_after=len(planned.content),
