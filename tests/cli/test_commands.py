@@ -76,7 +76,7 @@ def test_from_a_checkpoint_to_the_compiled_file(capsys) -> None:
 def check_kit(capsys) -> None:
     """`torchclust kit` on int8.tflite: its files, its JSON, and a folder that is not empty."""
     np.save("images.npy", np.zeros((3, 28, 28, 1), np.float32))
-    labels = ",".join("abcdefghij")
+    labels = "a, b," + ",".join("cdefghij")
     status = main(["kit", "int8.tflite", "board", "--labels", labels, "--inputs", "images.npy"])
     assert status == 0, capsys.readouterr().err
     assert "operators: " in capsys.readouterr().out

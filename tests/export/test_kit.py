@@ -320,6 +320,80 @@ def test_folders_and_labels_that_cannot_be_used(model: Path, tmp_path: Path) -> 
     assert (tmp_path / "mine.txt").exists()
 
 
+def test_the_compiled_file_does_not_replace_its_own_source(model: Path, tmp_path: Path) -> None:
+    """Without an accelerator the kit's file is the very same, and the kit may stand around it."""
+    path = Path(shutil.copy(model, tmp_path / "model.tflite"))
+    (tmp_path / "link").symlink_to(tmp_path)
+    for folder in (tmp_path, tmp_path / "link"):
+        with pytest.raises(
+            ValueError, match=r"compiled for ethos-u55-128, would replace .* itself"
+        ):
+            board_kit(path, folder, accelerator="ethos-u55-128", overwrite=True)
+    assert {file.name for file in tmp_path.iterdir()} == {"model.tflite", "link"}
+    board_kit(path, tmp_path, overwrite=True)
+    assert path.read_bytes() == model.read_bytes()
+
+
+class Tokens(nn.Module):
+    """Takes indices, of which most that an int32 can hold are out of range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(20, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.embedding(tokens).mean(1))
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.linear(x * mask.float())
+
+
+@pytest.mark.parametrize(
+    ("network", "samples"),
+    [
+        (Tokens, (torch.arange(40).reshape(8, 5) % 20,)),
+        (Masked, (torch.randn(4, 8), torch.arange(32).reshape(4, 8) % 3 > 0)),
+    ],
+)
+def test_few_samples_are_repeated_where_random_ones_would_be_invalid(
+    network: type[nn.Module], samples: tuple[torch.Tensor, ...], tmp_path: Path
+) -> None:
+    path, count = tmp_path / "net.tflite", len(samples[0])
+    to_tflite(network().eval(), tuple(x[:1] for x in samples), path, calibration=[samples])
+    kit = board_kit(path, tmp_path / "board", inputs=samples)
+    text = (kit.folder / "test_vectors.h").read_text()
+    body = text.split(f"kTestInput{len(samples) - 1}[kVectors]")[1].split("};")[0]
+    rows = np.array(re.findall(r"-?\d+", body.split("= {", 1)[1]), int).reshape(10, -1)
+    wanted = samples[-1].numpy().astype(int)
+    np.testing.assert_array_equal(rows, wanted[np.arange(10) % count])
+    with pytest.raises(ExportError, match="may be out of range: give some that are valid"):
+        board_kit(path, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype", "scale", "message"),
+    [
+        (torch.tensor([[0.5, torch.nan]]), "int8", 0.1, "hold 1 NaN for the file's input 'x', and"),
+        (torch.tensor([[0.5, torch.nan]]), "int32", 0.0, "hold 1 NaN for the file's input 'x'"),
+        (torch.tensor([[0.5, 1.0]]), "int32", 0.0, "float32 values from 0.5 to 1.0, which the"),
+        (torch.tensor([[0, 200]], dtype=torch.uint8), "int8", 0.1, "'x', int8, cannot hold: give"),
+        (torch.tensor([[0, 2]]), "bool", 0.0, "int64 values from 0 to 2, which the file's input"),
+    ],
+)
+def test_values_that_an_input_cannot_hold(
+    given: torch.Tensor, dtype: str, scale: float, message: str
+) -> None:
+    """A cast would make others of them."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        list(as_inputs(given, [Port("x", (1, 2), dtype, scale, 0)]))
+
+
 def test_float_files_are_refused(images: torch.Tensor, tmp_path: Path) -> None:
     path = tmp_path / "float.tflite"
     to_tflite(nn.Conv2d(3, 4, 3).eval(), images[:1], path, calibration=None, float=True)

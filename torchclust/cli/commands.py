@@ -180,7 +180,7 @@ def kit(args: Namespace) -> Any:
             args.tflite,
             args.dir,
             inputs=None if args.inputs is None else np.load(args.inputs),
-            labels=args.labels.split(",") if args.labels else (),
+            labels=[label.strip() for label in args.labels.split(",")] if args.labels else (),
             accelerator=args.accelerator,
             overwrite=args.overwrite,
         )

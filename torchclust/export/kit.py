@@ -8,20 +8,21 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 from torchclust.export import cpp
 from torchclust.export.backends import ExportError
 from torchclust.export.card import card, run_report
-from torchclust.export.graph import read_graph
-from torchclust.export.inspect import inspect_tflite
+from torchclust.export.graph import Array, read_graph
+from torchclust.export.inspect import Port, inspect_tflite
 from torchclust.export.micro_interpreter import (
     Micro,
     as_inputs,
     check_runs_on_micro,
     least_arena,
+    may_be_random,
     random_inputs,
 )
 from torchclust.export.resolver import registrations
@@ -83,7 +84,8 @@ def board_kit(
     Args:
         path: an int8 .tflite file, with lookup tables (`tflm`) or without.
         folder: made if need be; one that holds something needs `overwrite`.
-        inputs: samples for the test vectors, as `tflm` takes them; else they are random.
+        inputs: samples for the test vectors, as `tflm` takes them; else they are random. Fewer than
+            ten are joined by random ones, or repeated where random ones would be no valid input.
         labels: of the classes, for the output.
         accelerator: compile for this Ethos-U (as `vela` names it). The test vectors are still the
             uncompiled file's, whose answers an Ethos-U gives.
@@ -95,7 +97,8 @@ def board_kit(
     Raises:
         ExportError: a float file, one compiled before, or an operator that tflite-micro lacks.
         FileExistsError: the folder holds something.
-        ValueError: labels that are not one for each class.
+        ValueError: labels that are not one for each class, samples that the file cannot take, or
+            a compiled file that would replace the one given.
 
     Example:
         >>> import pathlib, tempfile, torch
@@ -122,11 +125,13 @@ def board_kit(
         raise FileExistsError(
             f"{folder} is not empty: overwrite=True (--overwrite) replaces an earlier kit's files"
         )
-    samples = [] if inputs is None else list(islice(as_inputs(inputs, ports), VECTORS))
-    if len(samples) < VECTORS:
-        samples += random_inputs(ports, VECTORS - len(samples))
+    if accelerator is not None and _is_same(folder / MODEL, path):
+        raise ValueError(
+            f"the kit's {MODEL}, compiled for {accelerator}, would replace {path} itself: name "
+            f"another folder than {folder}"
+        )
     run = Micro(content)
-    vectors = tuple((sample, run(sample)) for sample in samples)
+    vectors = tuple((sample, run(sample)) for sample in _samples(inputs, ports))
     compiled, content, arena, note = _for_the_chip(path, content, accelerator)
     needed = registrations(operator.name for operator in read_graph(content).operators)
     board = cpp.Board(
@@ -146,6 +151,18 @@ def board_kit(
         (folder / name).write_text(text, encoding="utf-8")
     (folder / MODEL).write_bytes(content)
     return BoardKit(folder, len(content), arena, tuple(needed), compiled)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one.exists() and one.samefile(other)
+
+
+def _samples(inputs: Any, ports: Sequence[Port]) -> list[tuple[Array, ...]]:
+    """As many samples as there are test vectors."""
+    given = [] if inputs is None else list(islice(as_inputs(inputs, ports), VECTORS))
+    if given and not may_be_random(ports):
+        return list(islice(cycle(given), VECTORS))
+    return given + random_inputs(ports, VECTORS - len(given))
 
 
 def _for_the_chip(

@@ -154,6 +154,11 @@ def check_runs_on_micro(content: bytes, name: str) -> tuple[Port, ...]:
     return inputs
 
 
+def may_be_random(ports: Sequence[Port]) -> bool:
+    """Whether any value of its type is a valid input: of a quantized one, not of a token."""
+    return all(p.dtype in _QUANTIZED for p in ports)
+
+
 def random_inputs(ports: Sequence[Port], count: int, seed: int = 0) -> list[tuple[Array, ...]]:
     """So many inputs whose every value is drawn from all that the input's type can hold.
 
@@ -184,7 +189,7 @@ def as_inputs(given: Any, ports: Sequence[Port]) -> Iterator[tuple[Array, ...]]:
         ports: the file's inputs.
 
     Raises:
-        ValueError: their number or shape does not fit.
+        ValueError: their number, shape or values do not fit.
     """
     several = given if isinstance(given, (tuple, list)) else (given,)
     if len(several) != len(ports):
@@ -203,8 +208,26 @@ def _quantized(given: Tensor | Array, p: Port) -> Array:
             f"inputs have the shape {x.shape}, the file's input {p.name!r} {p.shape}; all but the "
             "first dimension, which counts samples, must agree"
         )
-    if not np.issubdtype(x.dtype, np.floating):
-        return np.ascontiguousarray(x.astype(p.dtype))
-    limits = np.iinfo(p.dtype)
-    codes = np.clip(np.rint(x / p.scale) + p.zero_point, limits.min, limits.max)
-    return np.ascontiguousarray(codes.astype(p.dtype))
+    return np.ascontiguousarray(_codes(x, p))
+
+
+def _codes(x: Array, p: Port) -> Array:
+    """Values as the input holds them; a cast would make others of those that it cannot hold."""
+    is_float = np.issubdtype(x.dtype, np.floating)
+    if is_float and np.isnan(x).any():
+        raise ValueError(
+            f"inputs hold {int(np.isnan(x).sum()):,} NaN for the file's input {p.name!r}, and no "
+            "code stands for it: look where they come from, or give  inputs=x.nan_to_num()"
+        )
+    if is_float and p.scale:
+        limits = np.iinfo(p.dtype)
+        codes = np.clip(np.rint(x / p.scale) + p.zero_point, limits.min, limits.max)
+        return np.asarray(codes, p.dtype)
+    with np.errstate(invalid="ignore"):
+        codes = x.astype(p.dtype)
+    if not np.array_equal(codes, x):
+        raise ValueError(
+            f"inputs hold {x.dtype} values from {x.min()} to {x.max()}, which the file's input "
+            f"{p.name!r}, {p.dtype}, cannot hold: give what the model takes, in float, or codes"
+        )
+    return codes
