@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
+from operator import length_hint
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -15,13 +16,28 @@ _PATIENCE = 1.0  # seconds without a bar
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Pass items through and show how many of `total` (default: their number) are done."""
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    with progress(description, total) as advance:
-        for item in items:
+    """Pass items through and show how many of `total` (default: their number) are done.
+
+    A DataLoader of an IterableDataset has a length that raises TypeError, as good as none.
+    """
+    if total is None:
+        total = length_hint(items, -1)
+    with progress(description, None if total < 0 else total) as advance:
+        for item in each(items):
             yield item
             advance(1)
+
+
+def each(items: Iterable[T]) -> Iterator[T]:
+    """All items in order; of a map-style dataset, without ``__iter__``, as its length says.
+
+    Python would ask such a one for ever, since it need not say where it ends.
+    """
+    if hasattr(items, "__iter__") or not (
+        isinstance(items, Sized) and hasattr(items, "__getitem__")
+    ):
+        return iter(items)
+    return (items[number] for number in range(len(items)))
 
 
 @contextmanager

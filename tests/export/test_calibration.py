@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from torchclust.export.calibration import Histogram, samples
+from torchclust.progress import track
 
 X = torch.arange(4 * 2 * 3, dtype=torch.float32).view(4, 2, 3)
 V = torch.arange(20, dtype=torch.float32).view(4, 5)
@@ -19,8 +20,25 @@ LABELS = torch.arange(4)
 EXAMPLE = X[:1]
 
 
+class Items(Dataset[Any]):
+    """Map-style: it has a length, and would give items for ever."""
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return X[index % len(X)], LABELS[index % len(X)]
+
+
+class Stream(IterableDataset[Any]):
+    """A DataLoader of it has a length that raises TypeError."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(zip(X, LABELS, strict=True))
+
+
 def cut(calibration: Iterable[Any], *example: Tensor, keys: Any = None) -> list[tuple[Tensor, ...]]:
-    return list(samples(calibration, example or (EXAMPLE,), keys))
+    return list(samples(track(calibration, ""), example or (EXAMPLE,), keys))
 
 
 @pytest.mark.parametrize(
@@ -35,6 +53,9 @@ def cut(calibration: Iterable[Any], *example: Tensor, keys: Any = None) -> list[
         [[X, LABELS, None]],
         DataLoader(TensorDataset(X, LABELS), batch_size=3),
         TensorDataset(X, LABELS),
+        Items(),
+        Stream(),
+        DataLoader(Stream(), batch_size=3),
         (x for x in X),
         [((X, V), LABELS)],
     ],

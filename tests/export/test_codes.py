@@ -77,6 +77,15 @@ def test_a_constant_is_not_clustered(value: float) -> None:
     assert recover("w", np.full((8, 8), value, np.float32)) is None
 
 
+def test_rows_of_one_value_tell_nothing() -> None:
+    """As weight_norm's lengths have them: each is a multiple of itself."""
+    assert recover("w", np.random.default_rng(0).normal(size=(8, 1)).astype(np.float32)) is None
+    shared = np.repeat(np.float32([0.5, -1.5]), 16)[:, None]
+    found = recover("w", shared)
+    assert found is not None
+    assert found.n_clusters == 2
+
+
 def test_nan_is_not_clustered() -> None:
     assert recover("w", np.full((8, 8), np.nan, np.float32)) is None
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from export_networks import CASES, Case, flattened, randomize_norms
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from torchclust import cluster_
 from torchclust.export import ExportError
@@ -130,6 +134,108 @@ def test_tensors_are_traced_back_to_their_modules() -> None:
     assert module_of(f"{conv};1_quantized", root) == "0.0"
     assert module_of(f"{top};1", root) is None
     assert module_of("serving_default_args_0", root) is None
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kept: bool) -> None:
+        super().__init__()
+        self.layer, self.kept = nn.Linear(2, 2), kept
+        self.register_buffer("state", torch.zeros(1, 2))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        state = torch.tanh(self.layer(x) + self.state)
+        if self.kept:
+            self.state = state
+        return state
+
+
+def test_a_model_that_keeps_a_state_is_refused() -> None:
+    x, model = torch.ones(1, 2), Recurrent(kept=True)
+    with pytest.raises(ExportError, match="output 0 of Recurrent changes from call to call"):
+        prepare(model, x, last=True)
+    assert not model.state.any()
+    counting = Recurrent(kept=False)
+    prepare(counting, x, last=True)
+    assert counting.calls == 0
+
+
+def test_a_model_that_draws_at_random_is_refused() -> None:
+    class Dropping(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(x)  # training=True is its default
+
+    x = torch.ones(1, 64)
+    with pytest.raises(ExportError, match="keeps a state or draws random numbers"):
+        prepare(Dropping(), x, last=True)
+    prepare(nn.Dropout(), x, last=True)
+
+
+def test_a_model_of_nan_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    model.weight.data[1, 0] = torch.nan
+    with pytest.raises(ExportError, match="'weight' holds NaN: training diverged"):
+        prepare(model, torch.ones(1, 2), last=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+@pytest.mark.parametrize("hook", [prune.random_unstructured, nn.utils.weight_norm])
+def test_what_hooks_compute_is_copied(hook: Callable[..., Any]) -> None:
+    """Torch deep-copies no tensor that was computed with gradients, as theirs are."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    hook(model[0], "weight", **({"amount": 0.5} if hook is not nn.utils.weight_norm else {}))
+    x = torch.rand(1, 4)
+    for trained in (False, True):
+        if trained:
+            model(x).sum().backward()
+        prepared = prepare(model, x, last=True)
+        torch.testing.assert_close(prepared.module(x)[0], model(x))
+    assert model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_model_that_works_in_place_leaves_the_samples_alone(by_name: bool) -> None:
+    class Normalizing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x -= 0.5
+            return x / 0.25
+
+    x = torch.rand(1, 3)
+    before = x.clone()
+    prepared = prepare(Normalizing(), {"x": x} if by_name else x, last=True)
+    (reference,) = prepared.reference((x,))
+    assert torch.equal(x, before)
+    torch.testing.assert_close(reference, (before - 0.5) / 0.25)
+    torch.testing.assert_close(prepared.module(x.clone())[0], reference)
+
+
+def test_linears_of_buffers_are_left_alone() -> None:
+    """A weight that no optimizer trains, behind a flattened map."""
+
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.register_buffer("matrix", torch.rand(5, 4 * 36))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.conv(x).flatten(1), self.matrix)
+
+    x, model = torch.rand(1, 3, 8, 8), Fixed()
+    prepared = prepare(model, x, last=False)
+    torch.testing.assert_close(prepared.module(x)[0], model(x))
+
+
+def test_outputs_without_dimensions_are_outputs() -> None:
+    class WithLoss(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * 2, x.square().mean()
+
+    x = torch.rand(1, 3, 8, 8)
+    prepared = prepare(WithLoss(), x, last=True)
+    assert [y.shape for y in prepared.module(*prepared.example)] == [(1, 8, 8, 3), ()]
+    assert prepared.module.moved_outputs == (True, False)
 
 
 def test_a_model_that_cannot_be_traced_is_refused() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ai_edge_litert.interpreter import Interpreter
@@ -49,3 +52,41 @@ def test_sequences_have_channels_last_at_both_ends(tmp_path: Path) -> None:
     assert "TRANSPOSE" not in result.operators
     assert result.sqnr_db is not None
     assert result.sqnr_db > 25
+
+
+class Returned(nn.Module):
+    def __init__(self, returned: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.layer, self.returned = nn.Linear(4, 4), returned
+
+    def forward(self, x: Tensor) -> Any:
+        return self.returned(x, self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("returned", "names"),
+    [
+        (lambda x, y: (y, y), ["output_0", "output_1"]),
+        (lambda x, y: {"a": {"b": y}, "a_b": y * 2}, ["a_b", "a_b_1"]),
+        (lambda x, y: (x, y), ["output_0", "output_1"]),
+    ],
+    ids=["twice", "alike", "input"],
+)
+def test_every_end_has_a_name_of_its_own(
+    returned: Callable[[Tensor, Tensor], Any], names: list[str], tmp_path: Path
+) -> None:
+    x, model = torch.randn(8, 4), Returned(returned)
+    result = to_tflite(model, x[:1], tmp_path / "a.tflite", calibration=[x])
+    assert [p.name for p in result.inputs] == ["x"]
+    run = Interpreter(str(result.path)).get_signature_runner()
+    (signature,) = Interpreter(str(result.path)).get_signature_list().values()
+    assert sorted(signature["outputs"]) == names
+    codes = np.zeros((1, 4), np.int8)
+    answers = run(x=codes)
+    wanted = [p.scale * (answers[n].astype(float) - p.zero_point)
+              for n, p in zip(names, result.outputs, strict=True)]  # fmt: skip
+    value = torch.full((1, 4), -result.inputs[0].scale * result.inputs[0].zero_point)
+    with torch.no_grad():
+        outputs = torch.utils._pytree.tree_leaves(model(value))
+    for got, want in zip(wanted, outputs, strict=True):
+        np.testing.assert_allclose(got, want.numpy(), atol=0.1)

@@ -98,12 +98,18 @@ FUNCTIONS: dict[str, Function] = {
     "adaptive, not dividing": nn.AdaptiveAvgPool2d((3, 5)),
     "adaptive, growing": nn.AdaptiveAvgPool2d(10),
     "adaptive maximum": nn.AdaptiveMaxPool2d(2),
+    "adaptive maximum, in a row": lambda y: F.adaptive_max_pool1d(y.flatten(2), 7),
+    "adaptive maximum, not dividing": nn.AdaptiveMaxPool2d((3, 5)),
     "affine": lambda y: y.relu() * BATCH_NORM.weight.view(8, 1, 1) + 1,
     "amax": lambda y: y.amax((2, 3)),
     "amax of channels": lambda y: y.amax(1, keepdim=True).expand_as(y),
     "average, ceil": nn.AvgPool2d(3, 2, ceil_mode=True),
     "average, divisor": nn.AvgPool2d(2, divisor_override=3),
     "average, divisor, of all": lambda y: F.avg_pool2d(y, y.shape[2:], divisor_override=9),
+    "average, in a row": lambda y: F.avg_pool1d(y.flatten(2), 3, 2, 1),
+    "average, in a row, edges": lambda y: F.avg_pool1d(
+        y.flatten(2), 5, 3, 2, ceil_mode=True, count_include_pad=False
+    ),
     "average, no padding counted": nn.AvgPool2d(3, 2, 1, count_include_pad=False),
     "average, padding counted": nn.AvgPool2d(3, 2, 1),
     "batch norm": lambda y: BATCH_NORM(y.relu()),
@@ -115,10 +121,15 @@ FUNCTIONS: dict[str, Function] = {
     "elu": nn.ELU(0.7),
     "hardtanh": nn.Hardtanh(0, 1),
     "in place": lambda y: F.leaky_relu_(y * 2, 0.1),
+    "in place, of a part": lambda y: in_place(y, lambda z: z[:, :2].clamp_(-0.1, 0.2)),
+    "in place, of a view": lambda y: in_place(y, lambda z: F.leaky_relu_(z.flatten(), 0.1)),
     "leaky relu": nn.LeakyReLU(0.1),
     "log sigmoid": nn.LogSigmoid(),
     "maximum": nn.MaxPool2d(3, 2, 1),
     "maximum, ceil": nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+    "maximum, in a row": lambda y: F.max_pool1d(y.flatten(2), 3, 2, 1),
+    "maximum, in a row, ceil": lambda y: F.max_pool1d(y.flatten(2), 5, 5, ceil_mode=True),
+    "maximum of relu, in a row": lambda y: F.max_pool1d(y.flatten(2).relu(), 3, 2, 1),
     "maximum, large": nn.MaxPool2d(6, 3, 3),
     "maximum of relu": lambda y: F.max_pool2d(y.relu(), 3, 2, 1),
     "mean of channels": lambda y: y * y.mean(1, keepdim=True),
@@ -140,8 +151,13 @@ FUNCTIONS: dict[str, Function] = {
     "one per channel, first": lambda y: NORMALIZED.mean[None, :, None, None] * y.relu(),
     "prelu": slopes(),
     "prelu, one slope": nn.PReLU(),
+    "product with a vector": lambda y: STACK @ y.mean((2, 3)).flatten()[:8],
+    "reflected, in a row": lambda y: F.pad(y.flatten(2), (2, 1), "reflect"),
+    "repeated, in a row": lambda y: F.pad(y.flatten(2), (0, 3), "replicate"),
     "reversed": lambda y: 1 - F.relu(1 - y),
     "root": lambda y: torch.sqrt(y.relu()),
+    "same, in a row": lambda y: SAME_IN_A_ROW(y.flatten(2)),
+    "same, in a row, uneven": lambda y: SAME_UNEVEN(y.flatten(2)),
     "selu": nn.SELU(),
     "softplus": nn.Softplus(),
     "softplus, steep": nn.Softplus(beta=3, threshold=10),
@@ -150,11 +166,13 @@ FUNCTIONS: dict[str, Function] = {
     "transposed, grouped": nn.ConvTranspose2d(8, 8, 3, 2, groups=2),
     "transposed, in a row": lambda y: IN_A_ROW(y.flatten(2)),
     "transposed, norm": nn.Sequential(nn.ConvTranspose2d(8, 8, 3, 2, 1, 1, 2), nn.BatchNorm2d(8)),
+    "transposed, dilated, output padding": nn.ConvTranspose2d(8, 8, 3, 1, 1, 2, dilation=3),
     "transposed, output padding": nn.ConvTranspose2d(8, 8, 3, 2, 1, output_padding=1),
     "wide stride": nn.Conv2d(8, 8, 7, 4, 3),
     "wide stride, one axis": nn.Conv2d(8, 8, 5, (1, 4), (2, 0)),
     "wide stride, padded before": nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(8, 8, 5, 4)),
     "wide stride, in a row": lambda y: WIDE_IN_A_ROW(y.flatten(2)),
+    "wide stride, in a row, norm": lambda y: WIDE_NORM(y.flatten(2)),
 }
 
 
@@ -162,12 +180,30 @@ def both(y: Tensor, length: Tensor) -> Tensor:
     return y / length + length
 
 
+def in_place(y: Tensor, change: Callable[[Tensor], object]) -> Tensor:
+    own = y * 2
+    change(own)
+    return own
+
+
+def norm_of_a_row() -> nn.Module:
+    norm = nn.BatchNorm1d(8)
+    norm.load_state_dict(trained_norm().state_dict())
+    return norm.eval()
+
+
 BATCH_NORM, NORMALIZED, ONE = trained_norm(), Normalized(), torch.ones(1)
+NORM_OF_THE_BATCH = nn.BatchNorm1d(8, track_running_stats=False)
+WIDE_NORM = nn.Sequential(nn.Conv1d(8, 8, 9, 5, 2), norm_of_a_row())
+SAME_IN_A_ROW = nn.Sequential(nn.Conv1d(8, 8, 5, padding="same"), norm_of_a_row())
+SAME_UNEVEN = nn.Conv1d(8, 8, 4, padding="same", dilation=3)
+STACK = torch.rand(2, 6, 8)
 WIDE_IN_A_ROW = nn.Conv1d(8, 8, 9, 5, 2)
 IN_A_ROW = nn.ConvTranspose1d(8, 8, 3, 2, 1, output_padding=1, groups=4)
 ROUNDED = ("softplus", "softplus, steep", "log sigmoid")  # as a polynomial, but in a float file
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_substitutes_compute_what_the_model_computes(name: str) -> None:
     x = maps()
@@ -188,13 +224,14 @@ def steep(layer: nn.PReLU) -> nn.Module:
 
 # What the converter and the NPU take as it is, or what no rule knows better.
 KEPT: dict[str, Function] = {
-    "adaptive maximum, not dividing": nn.AdaptiveMaxPool2d(3),
     "average": nn.AvgPool2d(2),
     "average, same": nn.AvgPool2d(3, 1, 1, count_include_pad=False),
     "clamp by tensors": lambda y: torch.clamp(y, NORMALIZED.mean[0], NORMALIZED.mean[2]),
     "difference": lambda y: torch.rsub(y, y.relu()),
+    "convolution, same": nn.Conv2d(8, 8, 3, padding="same"),
     "elu of a multiple": lambda y: torch.ops.aten.elu(y, 1.0, 1.0, 2.0),
     "hardtanh": nn.Hardtanh(),
+    "norm of the batch, in a row": lambda y: NORM_OF_THE_BATCH(y.flatten(2)),
     "leaky relu, steep": nn.LeakyReLU(1.5),
     "maximum": nn.MaxPool2d(2),
     "maximum, dilated": nn.MaxPool2d(2, dilation=2),
@@ -270,6 +307,23 @@ def test_the_npu_runs_all_of_it(names: tuple[str, ...], tmp_path: Path) -> None:
     else:
         assert result.micro_difference is not None
         assert result.micro_difference <= 1
+
+
+def test_the_npu_runs_sequences(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pools = nn.MaxPool1d(3, 2, 1), nn.AvgPool1d(3, 2, 1, count_include_pad=False)
+    wide = nn.Conv1d(8, 8, 9, 5, 4), nn.BatchNorm1d(8), nn.ReLU()
+    same = nn.Conv1d(8, 8, 5, padding="same"), nn.BatchNorm1d(8), nn.ReLU()
+    reflecting = nn.Conv1d(8, 4, 3, padding=1, padding_mode="reflect")
+    model = nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), *pools, *wide, *same, reflecting)
+    result = exported(cluster_(model, 8, codebook_dtype="int8"), torch.randn(8, 3, 128), tmp_path)
+    assert cpu_operators(result) == []
+    assert result.float_operators == ()
+    assert len(result.tensors) == 4
+    assert result.micro_difference is not None
+    assert result.micro_difference <= 1
+    assert result.sqnr_db is not None
+    assert result.sqnr_db > 24
 
 
 def test_nearest_resizing_is_right_at_any_ratio(tmp_path: Path) -> None:

@@ -303,6 +303,43 @@ def test_clustered_and_stripped_models_export_alike(tmp_path: Path) -> None:
         assert np.array_equal(codes == 0, files[1][name] == 0)
 
 
+def test_a_stripped_part_keeps_its_codes_beside_a_clustered_one(tmp_path: Path) -> None:
+    """A backbone that was clustered once, and a new head."""
+    model = cluster_(small(), {"0.weight": 8}, codebook_dtype="int8")
+    strip_(model)
+    cluster_(model, {"*": 4, "0.weight": None}, codebook_dtype="int8")
+    result = to_tflite(model, IMAGES[:1], tmp_path / "a.tflite", calibration=[IMAGES])
+    assert {row.parameter: row.int8_codes for row in result.tensors} == {
+        "0.weight": 7,
+        **{name: 3 for name, _ in named_clusterings(model)},
+    }
+    assert len(result.tensors) == 2
+
+
+def test_a_layer_of_zeros_is_nobodys(tmp_path: Path) -> None:
+    """It is a multiple of every clustered weight of its shape."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)]
+    model = nn.Sequential(*layers)
+    layers[0].weight.data.zero_()
+    cluster_(model, {"1.weight": 8}, codebook_dtype="int8")
+    result = to_tflite(model, IMAGES[:1], tmp_path / "a.tflite", calibration=[IMAGES])
+    assert [(row.parameter, row.int8_codes) for row in result.tensors] == [("1.weight", 7)]
+
+
+def test_a_float_file_may_answer_with_infinity(tmp_path: Path) -> None:
+    """As where classes are masked."""
+
+    class Masked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).masked_fill(torch.tensor([False, True, False]), -torch.inf)
+
+    x = torch.rand(4, 5)
+    result = to_tflite(Masked(5, 3), x[:1], tmp_path / "a.tflite", calibration=[x], float=True)
+    assert result.sqnr_db is not None
+    assert result.sqnr_db > 100
+
+
 # torch 2.13's compiler imports its own deprecated torch.jit, 2026-11.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("mode", ["clustered", "plain", "training", "half", "compiled"])
@@ -481,6 +518,11 @@ def test_what_litert_and_its_quantizer_cannot_take_is_one_error(
             {"calibration": [IMAGES], "path": "missing/a.tflite"},
             FileNotFoundError,
             r"the folder .*missing does not exist",
+        ),
+        (
+            {"calibration": [IMAGES], "path": "."},
+            IsADirectoryError,
+            r"it is a folder; name a file in it",
         ),
     ],
 )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchclust.progress import each
+
 _LABELS = frozenset({"label", "labels", "target", "targets"})
 _BATCH = 32  # samples cut from one plain tensor at a time
 
@@ -49,7 +51,7 @@ def calls(model: nn.Module, batches: Iterable[Any] | Tensor) -> list[Call]:
     """
     split = batches.split(_BATCH) if isinstance(batches, Tensor) else batches
     signature = inspect.signature(model.forward)
-    found = [_call(batch, signature, number) for number, batch in enumerate(split)]
+    found = [_call(batch, signature, number) for number, batch in enumerate(each(split))]
     if not found:
         raise ValueError(
             "there is no batch of inputs. An iterator that was read before gives nothing any "

@@ -54,19 +54,19 @@ class Placed(Generic[WeightT]):
 def trained_codes(model: nn.Module, prepared: Prepared) -> list[Trained]:
     """What every clustered parameter's codes are, in the converted module's column order.
 
-    Clusterings are asked where the model has them; a model without any was stripped, or never
-    clustered, and its values tell which. Vectors have no codes: a bias is 32 bits wide in a file,
-    of a scale that its layer's input decides.
+    Clusterings are asked where the model has them; of the other parameters, stripped or never
+    clustered, the values tell which. Vectors have no codes: a bias is 32 bits wide in a file, of a
+    scale that its layer's input decides.
     """
     plain = {n: p for n, p in prepared.original.named_parameters() if p.ndim > 1}
     axes = {name: _channel_axis(prepared.original, name) for name in plain}
-    found: list[Trained | None] = [
-        _from_clustering(name, clustering, plain[name].numpy(), axes[name])
-        for name, clustering in named_clusterings(model)
-        if name in plain
+    clusterings = dict(named_clusterings(model))
+    found = [
+        _from_clustering(name, clusterings[name], p.numpy(), axes[name])
+        if name in clusterings
+        else recover(name, p.numpy(), axes[name])
+        for name, p in plain.items()
     ]
-    if not found:
-        found = [recover(name, p.numpy(), axes[name]) for name, p in plain.items()]
     known = [_spread(t, prepared.dilations.get(t.name)) for t in found if t is not None]
     return [_with_columns(t, prepared.columns.get(t.name)) for t in known]
 
@@ -90,10 +90,12 @@ def find_clustered(
             more codes than clusters there.
     """
     found: list[Placed[WeightT]] = []
-    weights = list(weights)
+    weights = sorted(weights, key=lambda w: not w.matrix.any())
     for weight in weights:
-        unclaimed_first = sorted(trained, key=lambda t: _is_placed(found, t))
-        matches = (match(weight.matrix, t) for t in unclaimed_first)
+        candidates = sorted(trained, key=lambda t: _is_placed(found, t))
+        if not weight.matrix.any():  # a multiple of anything: only of what is nowhere else
+            candidates = [t for t in candidates if not _is_placed(found, t)]
+        matches = (match(weight.matrix, t) for t in candidates)
         matched = next((m for m in matches if m is not None), None)
         if matched is not None:
             _check_count(matched)

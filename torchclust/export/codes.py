@@ -116,7 +116,10 @@ def recover(name: str, weight: Array, channel_axis: int = 0) -> Trained | None:
     channels_first = np.moveaxis(np.asarray(weight), channel_axis, 0)
     rows = channels_first.reshape(len(channels_first), -1)
     groups = np.zeros(len(rows), np.int64)
-    values, integers = _few_values(rows), recover_int8(rows)
+    values = _few_values(rows)
+    if rows.shape[1] == 1 and values is None:
+        return None  # one value is a multiple of itself, which tells nothing
+    integers = recover_int8(rows)
     count = rows.size if integers is None else _symmetric_size(integers)
     symmetric = count <= min(values or rows.size, max(3, rows.size // 2))
     if symmetric and integers is not None:

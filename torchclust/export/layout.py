@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -106,11 +106,13 @@ def prepare(model: nn.Module, example: Inputs, *, last: bool, float_file: bool =
     For a float file also keep shared values apart from BatchNorms.
 
     Raises:
-        ExportError: ``torch.export`` cannot trace the model on these inputs.
+        ExportError: ``torch.export`` cannot trace the model on these inputs; its outputs change
+            from call to call; an output holds integers, or a parameter NaN.
     """
     plain = _plain_copy(model)
     keys, args = named_inputs(example)
     args = _batch_of_one(args)
+    _check_repeats(plain, keys, args)
     program = _trace(plain, keys, args)
     _check_outputs(program)
     names = input_names(program)
@@ -143,8 +145,12 @@ def named_inputs(inputs: Inputs) -> tuple[tuple[str, ...] | None, tuple[Tensor, 
 def call(
     model: nn.Module, keys: tuple[str, ...] | None, args: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Run a model and flatten whatever it returns into a tuple of tensors."""
-    outputs = model(*args) if keys is None else model(**dict(zip(keys, args, strict=True)))
+    """Run a model and flatten whatever it returns into a tuple of tensors.
+
+    It gets copies: one that works in place must not change a user's samples.
+    """
+    own = [x.clone() for x in args]
+    outputs = model(*own) if keys is None else model(**dict(zip(keys, own, strict=True)))
     leaves = torch.utils._pytree.tree_leaves(outputs)
     return tuple(y for y in leaves if isinstance(y, Tensor))
 
@@ -195,8 +201,13 @@ def _child_named(module: nn.Module, step: str) -> str | None:
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
-    plain = strip_(copy.deepcopy(model)).to("cpu").float().eval()
-    for parameter in plain.parameters():
+    # What hooks computed, as those of pruning and weight_norm do, torch refuses to copy.
+    made = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in made if not t.is_leaf}
+    plain = strip_(copy.deepcopy(model, memo)).to("cpu").float().eval()
+    for name, parameter in plain.named_parameters():
+        if parameter.isnan().any():
+            raise ExportError(f"{name!r} holds NaN: training diverged; export an earlier state")
         parameter.requires_grad_(False)
         parameter.grad = None
     return plain
@@ -222,6 +233,28 @@ def _trace(
             f"{type(model).__name__} cannot be traced on inputs of shape {shapes}: "
             f"{first_line(error)}\nTry it alone:  torch.export.export(model.eval(), inputs)"
         ) from error
+
+
+@torch.no_grad()
+def _check_repeats(
+    model: nn.Module, keys: tuple[str, ...] | None, args: tuple[Tensor, ...]
+) -> None:
+    """Refuse what answers differently a second time: a file would have its first state for ever.
+
+    On a copy, whose state may change; parameters do not. What cannot run is told of by tracing.
+    """
+    try:
+        trial = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        first, second = (call(trial, keys, args) for _ in range(2))
+    except Exception:
+        return
+    for number, (one, other) in enumerate(zip(first, second, strict=True)):
+        if not torch.equal(one.nan_to_num(), other.nan_to_num()):
+            raise ExportError(
+                f"output {number} of {type(model).__name__} changes from call to call on the same "
+                f"inputs: the model keeps a state or draws random numbers, and a file does "
+                f"neither. Make the state an input and an output:  y, state = model(x, state)"
+            )
 
 
 def _check_outputs(program: torch.export.ExportedProgram) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,23 +22,30 @@ def output_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
     """For each tensor that the model returns, the keys and places that lead to it.
 
     A single tensor is ``output``, the items of a tuple ``output_0`` and so on; those of a dict have
-    its keys.
+    its keys. Where two would be the same, the later has a number.
     """
     (returned,) = (node for node in program.graph.nodes if node.op == "output")
     tree = _pytree.tree_unflatten(list(returned.args[0]), program.call_spec.out_spec)
     paths, _ = _pytree.tree_flatten_with_path(tree)
-    return tuple(_name(path) for path, node in paths if _is_tensor(node))
+    names: list[str] = []
+    for name in (_name(path) for path, node in paths if _is_tensor(node)):
+        numbered = (f"{name}_{number}" for number in itertools.count(1))
+        names.append(next(n for n in itertools.chain([name], numbered) if n not in names))
+    return tuple(names)
 
 
 def with_names(content: bytes, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
-    """The same file with these names, in its tensors and in its signature."""
+    """The same file with these names, in its tensors and in its signature.
+
+    A tensor that is an input and an output, or two outputs, has the first of its names.
+    """
     model = unpack(content)
     main = model.subgraphs[0]
-    for indices, names in ((main.inputs, inputs), (main.outputs, outputs)):
-        for index, name in zip(indices, names, strict=True):
-            taken = {bytes(t.name or b"") for t in main.tensors}
-            if name.encode() not in taken:
-                main.tensors[int(index)].name = name.encode()
+    ends = zip((*main.inputs, *main.outputs), (*inputs, *outputs), strict=True)
+    for index, name in {int(i): n for i, n in reversed(list(ends))}.items():
+        taken = {bytes(t.name or b"") for t in main.tensors}
+        if name.encode() not in taken:
+            main.tensors[index].name = name.encode()
     for signature in model.signatureDefs or ():
         _rename(signature.inputs, main.inputs, inputs)
         _rename(signature.outputs, main.outputs, outputs)
@@ -45,9 +53,13 @@ def with_names(content: bytes, inputs: Sequence[str], outputs: Sequence[str]) ->
 
 
 def _rename(entries: Any, indices: Any, names: Sequence[str]) -> None:
-    by_index = {int(i): name for i, name in zip(indices, names, strict=True)}
+    """One tensor may be several outputs, whose entries follow each other."""
+    left = list(zip(map(int, indices), names, strict=True))
     for entry in entries or ():
-        entry.name = by_index.get(int(entry.tensorIndex), bytes(entry.name).decode()).encode()
+        place = next((pair for pair in left if pair[0] == int(entry.tensorIndex)), None)
+        if place is not None:
+            left.remove(place)
+            entry.name = place[1].encode()
 
 
 def _name(path: Sequence[Any]) -> str:

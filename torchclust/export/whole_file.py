@@ -8,7 +8,9 @@ from pathlib import Path
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a path in a folder that does not exist, before any work for it is done."""
+    """Refuse a folder, or a path in one that does not exist, before any work for it is done."""
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
 

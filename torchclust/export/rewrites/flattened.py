@@ -86,6 +86,10 @@ def _flattened(traced: Traced, linear: fx.Node) -> tuple[int, ...] | None:
 
 
 def _is_alone(model: nn.Module, name: str) -> bool:
-    """Whether no other name stands for the same parameter."""
-    weight = model.get_parameter(name)
-    return sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) == 1
+    """Whether no other name stands for the same tensor."""
+    named = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    weight = dict(named).get(name)
+    return weight is not None and sum(tensor is weight for _, tensor in named) == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from torchclust.export.rewrites.affine import depthwise
 from torchclust.export.rewrites.nodes import Substitute, arguments, identity, operator, source
-from torchclust.export.rewrites.traced import Traced
+from torchclust.export.rewrites.traced import Rule, Traced
 from torchclust.export.rewrites.transposed import conv_transpose
 
 _Statistics: TypeAlias = tuple[Tensor, Tensor, float, Tensor | None, Tensor | None]
@@ -19,16 +19,21 @@ _MOST_SHARED = 256  # values in a tensor, the most clusters there can be
 _UNFOLDED = ("conv1d", "conv_transpose1d", "conv_transpose2d")
 
 
-def fold_batch_norm(traced: Traced) -> None:
+def fold_batch_norm(traced: Traced, rules: Mapping[str, Rule]) -> None:
     """Fold BatchNorms into 1-D and transposed convolutions where nothing else reads those.
 
     The converter folds into 2-D convolutions only: not into a 1-D one, which it makes a 2-D one,
-    and into a transposed one with a bias of a shape that the quantizer spoils.
+    and into a transposed one with a bias of a shape that the quantizer spoils. What a rule makes of
+    a 1-D one, it makes of the folded one too.
     """
     for conv, norm in _norms_behind(traced, _UNFOLDED):
         folded = _folded(traced, conv, norm)
-        cut = conv_transpose(traced, conv, folded) if "transpose" in operator(conv) else None
-        traced.substitutes[conv] = cut or _with_parameters(traced, conv, *folded)
+        if "transpose" in operator(conv):
+            cut = conv_transpose(traced, conv, folded)
+            traced.substitutes[conv] = cut or _with_parameters(traced, conv, *folded)
+        else:
+            ruled = rules[operator(conv)](traced, conv)
+            traced.substitutes[conv] = _with_parameters(traced, conv, *folded, ruled)
         traced.substitutes[norm] = identity
 
 
@@ -69,20 +74,24 @@ def keep_shared_values(traced: Traced) -> None:
             traced.substitutes[norm] = depthwise(traced, scale, shift)
 
 
-def _with_parameters(traced: Traced, conv: fx.Node, weight: Tensor, bias: Tensor) -> Substitute:
-    """The same convolution with other parameters."""
-    new_weight, new_bias, target = traced.constant(weight), traced.constant(bias), conv.target
-    rest = conv.args[3:]
+def _with_parameters(
+    traced: Traced, conv: fx.Node, weight: Tensor, bias: Tensor, ruled: Substitute | None = None
+) -> Substitute:
+    """The same convolution with other parameters, or the one that a rule makes of it."""
+    new_weight, new_bias, rest = traced.constant(weight), traced.constant(bias), conv.args[3:]
+    target = ruled or conv.target
     assert callable(target)
     return lambda x, *_, **kwargs: target(x, new_weight(), new_bias(), *rest, **kwargs)
 
 
 def _norms_behind(traced: Traced, convolutions: Sequence[str]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """A convolution of constant weight, and the BatchNorm that alone reads it."""
+    """A convolution of constant weight, and the BatchNorm of stored statistics that reads it."""
     for norm in traced.nodes:
         conv = source(norm)
         if operator(norm) != "batch_norm" or conv is None or len(conv.users) > 1:
             continue
+        if arguments(norm)["training"] or traced.value(arguments(norm)["running_mean"]) is None:
+            continue  # statistics of the batch
         if operator(conv) in convolutions and traced.value(conv.args[1]) is not None:
             yield conv, norm
 

@@ -2,20 +2,28 @@
 
 It pads a MaxPool with minus infinity, which no int8 tensor holds, and computes an average that
 leaves its padding out with operators that no accelerator has. Both are poolings without padding of
-a map that was widened before.
+a map that was widened before; sequences are maps of one row.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from torchclust.activations.plan import averages_all
-from torchclust.export.rewrites.nodes import Substitute, arguments, is_nonnegative, shape, source
+from torchclust.export.rewrites.nodes import (
+    Substitute,
+    arguments,
+    is_nonnegative,
+    numbers,
+    shape,
+    source,
+)
 from torchclust.export.rewrites.traced import Traced
 
 Edges = tuple[tuple[int, int], tuple[int, int]]
@@ -23,18 +31,20 @@ Edges = tuple[tuple[int, int], tuple[int, int]]
 
 def max_pool(traced: Traced, node: fx.Node) -> Substitute | None:
     """Widen the map by its outermost pixels, which changes no maximum, then pool."""
-    given = arguments(node)
-    kernel, stride = _window(given)
-    edges = _edges(node, kernel, stride, _pair(given["padding"]))
-    is_map = len(shape(source(node))) == 4 and _pair(given["dilation"]) == (1, 1)
-    if not is_map or edges == ((0, 0), (0, 0)) or edges == _same(node, kernel, stride):
+    given, before, after = arguments(node), shape(source(node)), shape(node)
+    if len(before) not in (3, 4) or set(numbers(given["dilation"], 1)) != {1}:
+        return None
+    kernel, stride = _window(given, before)
+    edges = _edges(node, kernel, stride, _pair(given["padding"], before, 0))
+    theirs = len(before) == 4 and edges == _same(node, kernel, stride)
+    if edges == ((0, 0), (0, 0)) or theirs:
         return None
     zeros_do = is_nonnegative(source(node))
 
     def pool(x: Tensor, *_: object, **__: object) -> Tensor:
-        return F.max_pool2d(
-            _zeros_around(x, edges) if zeros_do else widened(x, edges), kernel, stride
-        )
+        x = _as_map(x)
+        wide = _zeros_around(x, edges) if zeros_do else widened(x, edges)
+        return F.max_pool2d(wide, kernel, stride).reshape(after)
 
     return pool
 
@@ -44,23 +54,23 @@ def avg_pool(traced: Traced, node: fx.Node) -> Substitute | None:
 
     Over the whole map it is a MEAN, see `averages_all`.
     """
-    given, before = arguments(node), shape(source(node))
-    kernel, stride = _window(given)
-    padding = _pair(given["padding"])
-    edges = _edges(node, kernel, stride, padding)
-    if len(before) != 4:
+    given, before, after = arguments(node), shape(source(node)), shape(node)
+    if len(before) not in (3, 4):
         return None
-    if averages_all(before[2:], kernel, padding):
-        times = math.prod(kernel) / (given["divisor_override"] or math.prod(kernel))
+    kernel, stride = _window(given, before)
+    padding, divisor = _pair(given["padding"], before, 0), given.get("divisor_override")
+    edges = _edges(node, kernel, stride, padding)
+    if len(before) == 4 and averages_all(before[2:], kernel, padding):
+        times = math.prod(kernel) / (divisor or math.prod(kernel))
         return lambda x, *_, **__: _times(F.adaptive_avg_pool2d(x, 1), times)
-    if edges == ((0, 0), (0, 0)) and not given["divisor_override"]:
+    if edges == ((0, 0), (0, 0)) and not divisor:
         return None
     ones = torch.ones(1, 1, *before[2:])
-    mine = F.avg_pool2d(_zeros_around(ones, edges), kernel, stride)
+    mine = F.avg_pool2d(_zeros_around(_as_map(ones), edges), kernel, stride)
     target = node.target
     assert callable(target)
-    ratio = target(ones, *node.args[1:], **node.kwargs) / mine
-    plain = not given["divisor_override"] and not given["count_include_pad"]
+    ratio = _as_map(target(ones, *node.args[1:], **node.kwargs)) / mine
+    plain = len(before) == 4 and not divisor and not given["count_include_pad"]
     if plain and edges == _same(node, kernel, stride):
         return None  # the converter's own way, AVERAGE_POOL_2D
     factor = float(ratio[0, 0, 0, 0])
@@ -68,8 +78,8 @@ def avg_pool(traced: Traced, node: fx.Node) -> Substitute | None:
     weights = traced.constant(ratio)
 
     def pool(x: Tensor, *_: object, **__: object) -> Tensor:
-        y = F.avg_pool2d(_zeros_around(x, edges), kernel, stride)
-        return _times(y, factor) if uniform else y * weights()
+        y = F.avg_pool2d(_zeros_around(_as_map(x), edges), kernel, stride)
+        return (_times(y, factor) if uniform else y * weights()).reshape(after)
 
     return pool
 
@@ -97,23 +107,23 @@ def adaptive_avg_pool(traced: Traced, node: fx.Node) -> Substitute | None:
 
 
 def adaptive_max_pool(traced: Traced, node: fx.Node) -> Substitute | None:
-    """An ordinary pooling where sizes divide."""
-    before = shape(source(node))
-    value = node.meta.get("val")
-    after = tuple(value[0].shape) if isinstance(value, (tuple, list)) else ()
-    if len(before) != 4 or before[2] % after[2] or before[3] % after[3]:
-        return None
-    kernel = [before[2] // after[2], before[3] // after[3]]
-    return lambda x, *_, **__: (F.max_pool2d(x, kernel), None)
-
-
-def adaptive_max_pool_in_a_row(traced: Traced, node: fx.Node) -> Substitute | None:
-    """Of a sequence, an ordinary pooling of a map of one row where sizes divide."""
+    """An ordinary pooling where sizes divide; else maxima of stretches of rows, of columns."""
     before, after = shape(source(node)), tuple(node.meta["val"][0].shape)
-    if len(before) != 3 or before[2] % after[2]:
+    if len(before) not in (3, 4):
         return None
-    kernel = (1, before[2] // after[2])
-    return lambda x, *_, **__: (F.max_pool2d(x.unsqueeze(2), kernel).reshape(after), None)
+    rows, columns = zip((1, *before[2:])[-2:], (1, *after[2:])[-2:], strict=True)
+    if rows[0] % rows[1] == 0 and columns[0] % columns[1] == 0:
+        kernel = [rows[0] // rows[1], columns[0] // columns[1]]
+        return lambda x, *_, **__: (F.max_pool2d(_as_map(x), kernel).reshape(after), None)
+
+    def pool(x: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
+        y = _as_map(x)
+        high = [F.max_pool2d(y[:, :, a:b], (b - a, 1)) for a, b in _stretches(*rows)]
+        y = torch.cat(high, 2)
+        wide = [F.max_pool2d(y[:, :, :, a:b], (1, b - a)) for a, b in _stretches(*columns)]
+        return torch.cat(wide, 3).reshape(after), None
+
+    return pool
 
 
 def widened(x: Tensor, edges: Edges) -> Tensor:
@@ -123,6 +133,11 @@ def widened(x: Tensor, edges: Edges) -> Tensor:
             first, last = x.narrow(axis, 0, 1), x.narrow(axis, x.shape[axis] - 1, 1)
             x = torch.cat([first] * begin + [x] + [last] * end, axis)
     return x
+
+
+def _as_map(x: Tensor) -> Tensor:
+    """A sequence as a map of one row."""
+    return x.unsqueeze(2) if x.ndim == 3 else x
 
 
 def _times(x: Tensor, factor: float) -> Tensor:
@@ -138,15 +153,12 @@ def _edges(
     node: fx.Node, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Edges:
     """How many rows and columns the windows reach beyond the map: before it, after it."""
-    value = node.meta["val"]
-    after = (value[0] if isinstance(value, (tuple, list)) else value).shape[2:]
-    reach = [
+    before, after = ((1, *shape(n)[2:])[-2:] for n in (source(node), node))
+    rows, columns = (
         (p, max(0, (m - 1) * s + k - n - p))
-        for n, m, k, s, p in zip(
-            shape(source(node))[2:], after, kernel, stride, padding, strict=False
-        )
-    ]
-    return (reach[0], reach[1]) if len(reach) == 2 else ((0, 0), (0, 0))
+        for n, m, k, s, p in zip(before, after, kernel, stride, padding, strict=True)
+    )
+    return rows, columns
 
 
 def _same(node: fx.Node, kernel: Sequence[int], stride: Sequence[int]) -> Edges:
@@ -158,15 +170,17 @@ def _same(node: fx.Node, kernel: Sequence[int], stride: Sequence[int]) -> Edges:
     return (found[0], found[1])
 
 
-def _window(given: dict[str, object]) -> tuple[tuple[int, int], tuple[int, int]]:
-    kernel = _pair(given["kernel_size"])
-    return kernel, _pair(given["stride"] or kernel)
+def _window(
+    given: dict[str, Any], whole: tuple[int, ...]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    kernel = _pair(given["kernel_size"], whole, 1)
+    return kernel, _pair(given["stride"], whole, 1) if given["stride"] else kernel
 
 
-def _pair(value: object) -> tuple[int, int]:
-    """Torch's one or two numbers."""
-    numbers = [value] if isinstance(value, int) else list(value)  # type: ignore[call-overload]
-    return int(numbers[0]), int(numbers[-1])
+def _pair(value: Any, whole: tuple[int, ...], of_row: int) -> tuple[int, int]:
+    """Torch's numbers for a map of this shape; across the one row of a sequence, another."""
+    given = numbers(value, len(whole) - 2)
+    return (of_row if len(whole) == 3 else given[0]), given[-1]
 
 
 def _stretches(size: int, parts: int) -> list[tuple[int, int]]:

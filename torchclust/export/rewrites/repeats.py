@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx
 
 from torchclust.export.rewrites.nodes import Substitute, arguments, operator, shape, source
 from torchclust.export.rewrites.traced import Traced
+
+_Slice: TypeAlias = tuple[int, int]
 
 _EXPANSIONS = ("expand", "expand_as", "broadcast_to")
 _ELEMENTWISE = ("add", "sub", "mul", "div", "maximum", "minimum")
@@ -52,21 +55,31 @@ def repeat_interleave(traced: Traced, node: fx.Node) -> Substitute | None:
 
 
 def pad(traced: Traced, node: fx.Node) -> Substitute | None:
-    """Of circular paddings, the slices at the other end."""
+    """Circular paddings, and those of sequences that are not zeros, put together from slices."""
     given = arguments(node)
-    widths = [int(n) for n in given["pad"]]
-    if given["mode"] != "circular" or min(widths) < 0:
+    widths, mode = [int(n) for n in given["pad"]], given["mode"]
+    mine = mode == "circular" or (mode != "constant" and len(shape(node)) == 3)
+    if not mine or min(widths) < 0:
         return None
 
     def around(x: Tensor, *_: object, **__: object) -> Tensor:
         for number, (begin, end) in enumerate(zip(widths[::2], widths[1::2], strict=True)):
-            axis, size = x.ndim - 1 - number, x.shape[-1 - number]
-            parts = [x.narrow(axis, size - begin, begin)] if begin else []
-            parts += [x, *([x.narrow(axis, 0, end)] if end else [])]
+            axis = x.ndim - 1 - number
+            before, after = _beyond(mode, x.shape[axis], begin, end)
+            parts = [*(x.narrow(axis, *p) for p in before), x, *(x.narrow(axis, *p) for p in after)]
             x = torch.cat(parts, axis) if len(parts) > 1 else x
         return x
 
     return around
+
+
+def _beyond(mode: str, size: int, begin: int, end: int) -> tuple[list[_Slice], list[_Slice]]:
+    """Where what lies before and behind an axis is in it: first elements and lengths."""
+    if mode == "circular":
+        return [(size - begin, begin)][:begin], [(0, end)][:end]
+    if mode == "replicate":
+        return [(0, 1)] * begin, [(size - 1, 1)] * end
+    return [(n, 1) for n in range(begin, 0, -1)], [(size - 1 - n, 1) for n in range(1, end + 1)]
 
 
 def _counts(before: Sequence[int], after: Sequence[int]) -> list[int]:

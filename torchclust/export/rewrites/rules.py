@@ -34,15 +34,17 @@ RULES = {
     "_assert_tensor_metadata": unchecked,
     "abs": activations.absolute,
     "adaptive_avg_pool2d": pooling.adaptive_avg_pool,
-    "adaptive_max_pool1d": pooling.adaptive_max_pool_in_a_row,
+    "adaptive_max_pool1d": pooling.adaptive_max_pool,
     "adaptive_max_pool2d": pooling.adaptive_max_pool,
     "amax": maxima.amax,
+    "avg_pool1d": pooling.avg_pool,
     "avg_pool2d": pooling.avg_pool,
     "bmm": products.product,
     "broadcast_to": repeats.expand,
     "celu": activations.celu,
     "clamp": activations.clamp,
     "clip": activations.clamp,
+    "conv1d": strided.same,
     "conv_transpose1d": transposed.conv_transpose,
     "conv_transpose2d": transposed.conv_transpose,
     "cosine_similarity": maps.cosine,
@@ -57,6 +59,7 @@ RULES = {
     "leaky_relu": activations.leaky_relu,
     "matmul": products.product,
     "max": maxima.max_dim,
+    "max_pool1d": pooling.max_pool,
     "max_pool2d": pooling.max_pool,
     "mean": maps.mean,
     "minimum": activations.minimum,
@@ -85,8 +88,8 @@ RULES = {
 }
 # For int8 files: right to within a step, or for the sake of what compiles them.
 INT8_RULES = {
-    "conv1d": strided.convolution,
-    "conv2d": strided.convolution,
+    "conv1d": strided.same_or_wide,
+    "conv2d": strided.wide,
     "log_sigmoid": activations.log_sigmoid,
     "softplus": activations.softplus,
 }
@@ -101,11 +104,11 @@ def rewrite(traced: Traced, *, float_file: bool) -> None:
     """
     fold_constants(traced)
     permute_flattened(traced)
-    fold_batch_norm(traced)
+    rules = RULES if float_file else {**RULES, **INT8_RULES}
+    fold_batch_norm(traced, rules)
     if float_file:
         keep_shared_values(traced)
     merge_affine(traced)
-    rules = RULES if float_file else {**RULES, **INT8_RULES}
     for node in traced.nodes:
         rule = rules.get(operator(node).rstrip("_"))
         left_alone = rule is None or node in traced.substitutes or is_integer(node)

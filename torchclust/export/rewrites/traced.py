@@ -10,7 +10,7 @@ stay those of the user's model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -143,7 +143,11 @@ class Traced:
     def maps_out(self) -> tuple[bool, ...]:
         """For every tensor that the model returns, whether it is a map with its channels first."""
         (returned,) = (n for n in self.program.graph.nodes if n.op == "output")
-        tensors = [n for n in returned.args[0] if shape(n)]
+        tensors = [
+            n
+            for n in returned.args[0]
+            if isinstance(n, fx.Node) and isinstance(n.meta.get("val"), Tensor)
+        ]
         return tuple(
             len(shape(n)) == 4 or (len(shape(n)) > 2 and is_channels_last(self, n)) for n in tensors
         )
@@ -164,8 +168,11 @@ class Traced:
         return running.run(*values, enable_io_processing=False)
 
 
+Rule: TypeAlias = Callable[[Traced, fx.Node], Substitute | None]
+
+
 class _Running(fx.Interpreter):
-    """One run of a trace. Operators that work in place give their result to every alias.
+    """One run of a trace. Substitutes of operators that work in place do so too, for every view.
 
     ``seen`` gets each operator's result.
     """
@@ -193,11 +200,7 @@ class _Running(fx.Interpreter):
         with self._set_current_node(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             value = substitute(*args, **kwargs)
-        if operator(n).endswith("_"):
-            for other, held in self.env.items():
-                if held is args[0]:
-                    self.env[other] = value
-        return value
+        return args[0].copy_(value) if operator(n).endswith("_") else value
 
 
 def _root(node: fx.Node) -> fx.Node | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ def conv_transpose(
 ) -> Substitute | None:
     """The whole transposed convolution, of which the wanted stretch is kept.
 
-    Output padding reads a pixel of zeros more at the end; a dilated kernel is written out; a 1-D
+    Output padding reads pixels of zeros more at the end; a dilated kernel is written out; a 1-D
     one is one of maps of a single row; each group is a convolution of its own channels.
 
     Args:
@@ -43,9 +44,10 @@ def conv_transpose(
     kernels = [traced.constant(group) for group in written.chunk(groups)]
     shift = traced.constant(folded[1]) if folded else None
     step = (1, *stride)[-2:]
+    pixels = [math.ceil(k / s) for k, s in zip(more, stride, strict=True)]
 
     def convolution(x: Tensor, _: Tensor, bias: Tensor | None = None, *__: Any) -> Tensor:
-        longer = [n for k in reversed(more) for n in (0, 1 if k else 0)]
+        longer = [n for k in reversed(pixels) for n in (0, k)]
         x = F.pad(x, longer) if any(longer) else x
         y = _by_group(x if axes == 2 else x.unsqueeze(2), kernels, shift() if shift else bias, step)
         y = y if axes == 2 else y.squeeze(2)
