@@ -69,6 +69,18 @@ def test_the_report_is_what_vela_wrote(files: dict[int | None, Path], tmp_path: 
     assert {layer.target for layer in report.layers} == {"NPU"}
 
 
+@pytest.mark.parametrize("name", ["net[v2]", "n*t?", "-net", "net.v2_vela", "netz ü"])
+def test_any_name_of_a_file_will_do(
+    name: str, files: dict[int | None, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(f"{name}.tflite").write_bytes(files[4].read_bytes())
+    report = vela(f"{name}.tflite", output_dir="out")
+    assert report.path == Path("out") / f"{name}_vela.tflite"
+    assert report.path.is_file()
+    assert report.verified is not None
+
+
 def test_weights_are_encoded_near_their_entropy(files: dict[int | None, Path]) -> None:
     sizes = []
     for path in files.values():

@@ -116,7 +116,7 @@ def compile_with(
         )
         summary = _one_row(Path(folder), path.stem)
         layers = _layers(Path(folder) / f"{path.stem}_per-layer.csv")
-        (compiled,) = Path(folder).glob(f"{path.stem}_vela.*")
+        compiled = _beginning(Path(folder), f"{path.stem}_vela.")
         verified = _verified(compiled, path)
         target.mkdir(parents=True, exist_ok=True)
         for file in Path(folder).iterdir():
@@ -136,7 +136,9 @@ def _verified(compiled: Path, original: Path) -> CompiledInspection | str:
 
 def _run(path: Path, options: Mapping[str, str]) -> str:
     """Vela's output, standard error included."""
-    command = [sys.executable, "-m", "ethosu.vela", os.fspath(path), "--verbose-performance"]
+    # Absolute, for a name that begins as an option does.
+    command = [sys.executable, "-m", "ethosu.vela", os.fspath(path.absolute())]
+    command.append("--verbose-performance")
     for name, value in options.items():
         command += [f"--{name}", value]
     done = subprocess.run(
@@ -151,9 +153,14 @@ def _run(path: Path, options: Mapping[str, str]) -> str:
     return done.stdout
 
 
+def _beginning(folder: Path, name: str) -> Path:
+    """The one file whose name begins like this, as it is: a pattern would read brackets in it."""
+    (file,) = (file for file in folder.iterdir() if file.name.startswith(name))
+    return file
+
+
 def _one_row(folder: Path, stem: str) -> dict[str, str]:
-    (file,) = folder.glob(f"{stem}_summary_*.csv")
-    with file.open(newline="") as lines:
+    with _beginning(folder, f"{stem}_summary_").open(newline="") as lines:
         (row,) = csv.DictReader(lines)
     return row
 
