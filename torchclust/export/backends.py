@@ -112,10 +112,10 @@ def quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Collect garbage once, at the end.
+    """Collect garbage once, at the end, and only what was made meanwhile.
 
     A converter makes millions of objects that it needs, and looking through them again and again
-    takes a sixth of its time.
+    takes a sixth of its time; looking through all that is older, as much again.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -124,7 +124,7 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-            gc.collect()
+            gc.collect(generation=0)
 
 
 @contextlib.contextmanager
