@@ -58,6 +58,9 @@ def recipe(tmp_path: Path, monkeypatch) -> str:
         ("check r.yaml --set model=nn", "no network 'nn'"),
         ("report none.pt", "cannot report on none.pt: .*No such file"),
         ("report r.yaml", "cannot report on r.yaml: it is no .tflite file, and no checkpoint"),
+        ("report cut.tflite", "cannot report on cut.tflite: .*damaged TFLite file.* its 12 bytes"),
+        ("vela cut.tflite", "cut.tflite: a damaged TFLite file"),
+        ("kit cut.tflite board", "cut.tflite: a damaged TFLite file"),
         ("vela none.tflite", "No such file or directory: 'none.tflite'"),
         ("vela r.yaml", "r.yaml: not a TFLite file"),
         ("vela r.yaml --accelerator u55", "accelerator must be one of .*got 'u55'"),
@@ -76,6 +79,7 @@ def test_bad_input_is_one_line_status_2_and_no_output(
     Path("full").mkdir()
     Path("full/mine").write_text("")
     torch.save({"1.weight": torch.zeros(2)}, "plain.pt")
+    Path("cut.tflite").write_bytes(b"\x1c\0\0\0TFL3\0\0\0\0")
     if "nowhere" in arguments:
         model = fake_model()
         torch.save(model.state_dict(), "plain.pt")

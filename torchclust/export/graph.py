@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -43,6 +44,8 @@ _DTYPES = {
     "INT64": np.int64,
     "BOOL": np.bool_,
 }
+# What comes of following an offset out of the file, or into the middle of something else.
+_DAMAGE = (struct.error, LookupError, OverflowError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,10 +168,20 @@ def read_graph(content: bytes | bytearray) -> Graph:
         content: the whole file. With a ``bytearray``, `Tensor.data` are writable views of it.
 
     Raises:
-        ValueError: not a TFLite flatbuffer.
+        ValueError: not a TFLite flatbuffer, or a damaged one.
     """
     if len(content) < 8 or bytes(content[4:8]) != b"TFL3":
         raise ValueError("not a TFLite file: its identifier is not 'TFL3'")
+    try:
+        return _parsed(content)
+    except _DAMAGE as error:
+        raise ValueError(
+            f"a damaged TFLite file, or one that is newer than the schema known here: its "
+            f"{len(content):,} bytes are cut off or inconsistent ({error})"
+        ) from error
+
+
+def _parsed(content: bytes | bytearray) -> Graph:
     tflite = backends.schema()
     model = tflite.Model.GetRootAs(content, 0)
     tensors: list[Tensor] = []
@@ -187,6 +200,9 @@ def read_graph(content: bytes | bytearray) -> Graph:
         )
         if number == 0:
             ends = (_ints(subgraph, "Inputs"), _ints(subgraph, "Outputs"))
+    named = (i for operator in operators for i in (*operator.inputs, *operator.outputs))
+    if not all(-1 <= i < len(tensors) for i in named):
+        raise IndexError("an operator names a tensor that does not exist")
     return Graph(
         tuple(tensors),
         tuple(operators),
