@@ -247,6 +247,47 @@ def test_report_on_checkpoints_needs_no_architecture(tmp_path: Path, options: di
             assert found[name][key] == getattr(row, key), (name, key)
 
 
+def test_report_on_a_checkpoint_of_other_parametrizations_and_names(tmp_path: Path) -> None:
+    """Beside clustered tensors, in one module with them; the names are those of nn.Module too."""
+    norm = torch.nn.utils.parametrizations
+    model = torch.nn.Sequential(
+        torch.nn.Linear(20, 30),
+        norm.weight_norm(torch.nn.Conv2d(3, 16, 3)),
+        norm.spectral_norm(torch.nn.Linear(30, 8)),
+    )
+    model._modules["double"] = torch.nn.Linear(40, 8)
+    model._modules["half"] = norm.orthogonal(torch.nn.Linear(8, 8))
+    model[2].register_parameter("more", torch.nn.Parameter(torch.randn(30, 30)))
+    torchclust.cluster_(model, {"0.weight": 4, "2.more": 4, "double.weight": 4})
+    model._parameters["training"] = torch.nn.Parameter(torch.randn(3))
+    odd = {1: torch.zeros(3), "sparse": torch.eye(4).to_sparse()}
+    odd["float8"] = torch.zeros(4, 4, dtype=torch.float8_e4m3fn)
+    torch.save({**model.state_dict(), **odd}, tmp_path / "c.pt")
+    found = {row["name"]: row for row in describe(tmp_path / "c.pt").content["tensors"]}
+    clustered = {name for name, row in found.items() if row["n_clusters"]}
+    assert clustered == {"0.weight", "2.more", "double.weight"}
+    stored = {key for key in model.state_dict() if "parametrizations" not in key}
+    others = {
+        "1.weight.original0",
+        "1.weight.original1",
+        "2.weight.original",
+        "half.weight.original",
+    }
+    assert set(found) - {"2.weight.0._u", "2.weight.0._v", "half.weight.0.base"} == (
+        stored | others | clustered
+    )
+
+
+def test_report_on_a_checkpoint_that_lacks_a_part(tmp_path: Path, capsys) -> None:
+    state = torchclust.cluster_(torch.nn.Linear(20, 30), 4).state_dict()
+    for missing in ("parametrizations.weight.original", "parametrizations.weight.0.indices"):
+        torch.save({k: v for k, v in state.items() if k != missing}, tmp_path / "c.pt")
+        assert cli.main(["report", str(tmp_path / "c.pt")]) == 2
+        said = capsys.readouterr().err
+        assert re.fullmatch(r"torchclust: cannot report on [^\n]+\n", said)
+        assert "parts of a clustered tensor are missing or do not fit: " in said
+
+
 def test_report_refuses_what_holds_no_tensors(tmp_path: Path, capsys) -> None:
     torch.save({"epoch": 1}, tmp_path / "c.pt")
     assert cli.main(["report", str(tmp_path / "c.pt")]) == 2

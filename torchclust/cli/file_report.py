@@ -16,6 +16,8 @@ from torchclust.model.summary import summary
 from torchclust.packing.sections import MAGIC
 from torchclust.packing.size import packed_size
 
+_CONFIG = ".0.config_json"
+
 
 @dataclass(frozen=True)
 class FileReport:
@@ -46,11 +48,35 @@ def describe(path: Path) -> FileReport:
             "with torch.save(model.state_dict(), FILE)"
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
+    named = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if not named:
         raise ValueError("the checkpoint holds no tensors; save model.state_dict()")
-    table = summary(restore_(skeleton(tensors), tensors))
+    tensors = _of_others_renamed(named)
+    try:
+        table = summary(restore_(skeleton(tensors), tensors))
+    except (RuntimeError, KeyError) as error:
+        lines = " ".join(str(error).split())
+        raise ValueError(
+            f"parts of a clustered tensor are missing or do not fit: {lines}"
+        ) from error
     return FileReport(f"{path}\n{table}", {"file": str(path), **table.to_dict()})
+
+
+def _of_others_renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name what other parametrizations keep (weight_norm, spectral_norm) after what they compute.
+
+    ``parametrizations.weight.original0`` becomes ``weight.original0``, a tensor like any other.
+    """
+    ours = {key.removesuffix(_CONFIG) for key in state if key.endswith(_CONFIG)}
+
+    def name(key: str) -> str:
+        owner, _, rest = key.rpartition("parametrizations.")
+        parameter, _, part = rest.partition(".")
+        clustered = f"{owner}parametrizations.{parameter}" in ours
+        is_ours = clustered and (part == "original" or part.startswith("0."))
+        return key if is_ours else owner + rest
+
+    return {name(key): value for key, value in state.items()}
 
 
 def skeleton(state: dict[str, Tensor]) -> nn.Module:
@@ -73,14 +99,29 @@ def skeleton(state: dict[str, Tensor]) -> nn.Module:
         *path, last = name.split(".")
         module = root
         for part in path:
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = module.get_submodule(part)
-        if value.is_floating_point() and last not in ("running_mean", "running_var"):
-            module.register_parameter(last, nn.Parameter(torch.empty_like(value), False))
+            module = _child(module, part)
+        if _is_weight(value) and last not in ("running_mean", "running_var"):
+            module._parameters[last] = nn.Parameter(torch.empty_like(value), False)
         else:
-            module.register_buffer(last, torch.empty_like(value))
+            module._buffers[last] = torch.empty_like(value)
     return root
+
+
+def _child(module: nn.Module, name: str) -> nn.Module:
+    """The child of that name, made if need be.
+
+    In the dictionaries, as the parameters: methods refuse what Module has itself, as ``double``.
+    """
+    child = module._modules.get(name)
+    if child is None:
+        child = module._modules[name] = nn.Module()
+    return child
+
+
+def _is_weight(value: Tensor) -> bool:
+    """Whether it can be clustered: float8 and sparse tensors cannot."""
+    dense = value.layout == torch.strided and value.element_size() > 1
+    return value.is_floating_point() and dense
 
 
 def _describe_tflite(path: Path) -> FileReport:

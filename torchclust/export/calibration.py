@@ -112,8 +112,12 @@ def observe(
     return {graph.tensors[i].name: h.range(method) for i, h in histograms.items()}
 
 
-def widen_dead(observed: Mapping[str, Range], graph: Graph) -> dict[str, Range]:
+def widen_dead(
+    observed: Mapping[str, Range], graph: Graph, inputs: Sequence[str]
+) -> dict[str, Range]:
     """Ranges in which a tensor that was always zero has a usable one, [-1, 1].
+
+    A warning names the first of them: an input as the model does, by ``inputs``.
 
     A recurrent state that starts at zero and a dead ReLU have none of their own; the quantizer
     would give them a step of 4e-12, and every bias behind them would saturate. Of what ends in a
@@ -126,8 +130,8 @@ def widen_dead(observed: Mapping[str, Range], graph: Graph) -> dict[str, Range]:
         if max(map(abs, range_)) < (_LEAST_BOUNDED if name in bounded else _LEAST_RANGE)
     ]
     if dead:
-        inputs = [t.name for t in graph.inputs if t.name in dead]
-        which = f"input {inputs[0]!r}" if inputs else repr(dead[0])
+        pairs = zip(inputs, graph.inputs, strict=True)
+        which = next((f"input {n!r}" for n, tensor in pairs if tensor.name in dead), repr(dead[0]))
         warnings.warn(
             f"{len(dead)} of the model's tensors are zero for all calibration data, {which} the "
             f"first; they get the range [-1, 1]. Calibrate on data that fill them, such as the "

@@ -186,7 +186,8 @@ def to_tflite(
         learned = find_learned(model, prepared, float_file, graph, first)
         if learned is not None:
             observed |= learned.ranges
-        observed = calibrating.limit_roots(calibrating.widen_dead(observed, graph), graph)
+        observed = calibrating.widen_dead(observed, graph, prepared.names[0])
+        observed = calibrating.limit_roots(observed, graph)
         observed |= _pixel_ranges(prepared, graph)
         placed = within_range(graph, placed, observed)
         content = bytearray(quantize(content, graph, placed, observed, input_dtype))

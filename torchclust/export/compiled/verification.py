@@ -21,8 +21,7 @@ from torchclust.export.compiled.rows import (
 )
 from torchclust.export.compiled.streams import decode
 from torchclust.export.graph import Graph, read_graph
-
-_CUSTOM = "ethos-u"
+from torchclust.export.resolver import ETHOS_U
 
 
 def verify_compiled(
@@ -102,13 +101,13 @@ def inspect_compiled(compiled: str | os.PathLike[str]) -> CompiledInspection:
 
 def is_compiled(graph: Graph) -> bool:
     """Whether Vela made the file, and something of it runs on the accelerator."""
-    return any(operator.name == _CUSTOM for operator in graph.operators)
+    return any(operator.name == ETHOS_U for operator in graph.operators)
 
 
 def _programs(graph: Graph) -> Iterator[tuple[Hardware, tuple[Operation, ...], bytes]]:
     """Of each operator for the accelerator: which one, what it runs, and the constants."""
     for operator in graph.operators:
-        if operator.name != _CUSTOM:
+        if operator.name != ETHOS_U:
             continue
         payload, constants = (graph.tensors[i].data for i in operator.inputs[:2])
         device, operations = read_payload(b"" if payload is None else payload.tobytes())
