@@ -259,8 +259,8 @@ def test_report_on_a_checkpoint_of_other_parametrizations_and_names(tmp_path: Pa
     model._modules["half"] = norm.orthogonal(torch.nn.Linear(8, 8))
     model[2].register_parameter("more", torch.nn.Parameter(torch.randn(30, 30)))
     torchclust.cluster_(model, {"0.weight": 4, "2.more": 4, "double.weight": 4})
-    model._parameters["training"] = torch.nn.Parameter(torch.randn(3))
     odd = {1: torch.zeros(3), "sparse": torch.eye(4).to_sparse()}
+    odd |= {"training": torch.zeros(3), "my_parametrizations.a.b": torch.zeros(2)}
     odd["float8"] = torch.zeros(4, 4, dtype=torch.float8_e4m3fn)
     torch.save({**model.state_dict(), **odd}, tmp_path / "c.pt")
     found = {row["name"]: row for row in describe(tmp_path / "c.pt").content["tensors"]}
@@ -268,6 +268,7 @@ def test_report_on_a_checkpoint_of_other_parametrizations_and_names(tmp_path: Pa
     assert clustered == {"0.weight", "2.more", "double.weight"}
     stored = {key for key in model.state_dict() if "parametrizations" not in key}
     others = {
+        "my_parametrizations.a.b",
         "1.weight.original0",
         "1.weight.original1",
         "2.weight.original",

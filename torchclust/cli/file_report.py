@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from torchclust.packing.sections import MAGIC
 from torchclust.packing.size import packed_size
 
 _CONFIG = ".0.config_json"
+_PARAMETRIZED = re.compile(
+    r"(?P<list>(?P<owner>(.+\.)?)parametrizations\.(?P<name>[^.]+))\.(?P<part>.+)"
+)
+_OURS = re.compile(r"original|0\..+")
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,11 @@ def _of_others_renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ours = {key.removesuffix(_CONFIG) for key in state if key.endswith(_CONFIG)}
 
     def name(key: str) -> str:
-        owner, _, rest = key.rpartition("parametrizations.")
-        parameter, _, part = rest.partition(".")
-        clustered = f"{owner}parametrizations.{parameter}" in ours
-        is_ours = clustered and (part == "original" or part.startswith("0."))
-        return key if is_ours else owner + rest
+        found = _PARAMETRIZED.fullmatch(key)
+        if found is None or (found["list"] in ours and _OURS.fullmatch(found["part"])):
+            return key
+        plain = f"{found['owner']}{found['name']}.{found['part']}"
+        return key if plain in state else plain
 
     return {name(key): value for key, value in state.items()}
 
@@ -86,21 +91,21 @@ def skeleton(state: dict[str, Tensor]) -> nn.Module:
     """
     shapes = {}
     for name, value in state.items():
-        owner, mark, rest = name.rpartition("parametrizations.")
-        if not mark:
+        found = _PARAMETRIZED.fullmatch(name)
+        if found is None:
             shapes[name] = value
             continue
-        parameter, _, part = rest.partition(".")
+        weight, part = found["owner"] + found["name"], found["part"]
         # The codebook trains in place of a "fixed" weight, whose shape is then its indices'.
-        if part == "0.indices" or (part == "original" and owner + parameter not in shapes):
-            shapes[owner + parameter] = torch.empty(value.shape)
+        if part == "0.indices" or (part == "original" and weight not in shapes):
+            shapes[weight] = torch.empty(value.shape)
     root = nn.Module()
     for name, value in shapes.items():
         *path, last = name.split(".")
         module = root
         for part in path:
             module = _child(module, part)
-        if _is_weight(value) and last not in ("running_mean", "running_var"):
+        if _is_weight(last, value):
             module._parameters[last] = nn.Parameter(torch.empty_like(value), False)
         else:
             module._buffers[last] = torch.empty_like(value)
@@ -108,19 +113,18 @@ def skeleton(state: dict[str, Tensor]) -> nn.Module:
 
 
 def _child(module: nn.Module, name: str) -> nn.Module:
-    """The child of that name, made if need be.
-
-    In the dictionaries, as the parameters: methods refuse what Module has itself, as ``double``.
-    """
+    """The child of that name, made if need be; `add_module` refuses ``double`` and the like."""
     child = module._modules.get(name)
     if child is None:
         child = module._modules[name] = nn.Module()
     return child
 
 
-def _is_weight(value: Tensor) -> bool:
-    """Whether it can be clustered: float8 and sparse tensors cannot."""
-    dense = value.layout == torch.strided and value.element_size() > 1
+def _is_weight(name: str, value: Tensor) -> bool:
+    """Whether a module could have it as a parameter, and a row tell of it."""
+    if name in ("running_mean", "running_var") or hasattr(nn.Module(), name):
+        return False
+    dense = value.layout == torch.strided and value.element_size() > 1  # not sparse, not float8
     return value.is_floating_point() and dense
 
 
