@@ -82,6 +82,19 @@ def test_pixels_need_no_cast(how: str, dtype: Any, zero: int, tmp_path: Path) ->
     assert (wanted - got).norm() < 0.05 * wanted.norm()
 
 
+def test_a_network_keeps_its_modes_beside_its_file(tmp_path: Path) -> None:
+    """Of each module its own: frozen norms stay frozen in a network that trains."""
+    result = to_tflite(small(), IMAGES, tmp_path / "a", calibration=[IMAGES])
+    network = small().train()
+    network[1].eval()
+    of_tflite(result, network, (IMAGES,))
+    assert [module.training for module in network] == [True, False, True, True, True]
+    network[4].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        of_tflite(result, network, (IMAGES,))
+    assert [module.training for module in network] == [True, False, True, True, True]
+
+
 def test_a_float_file_takes_pixels_as_floats(tmp_path: Path) -> None:
     pixels = (IMAGES * 255).to(torch.uint8)
     result = to_tflite(Camera("converted"), pixels, tmp_path / "a", calibration=None, float=True)

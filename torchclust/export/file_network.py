@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from torchclust.data_aware.blocks import evaluating
 from torchclust.export.layout import channels_first, channels_last
 from torchclust.export.runner import Runner
 from torchclust.export.tflite import TFLiteExport
@@ -37,10 +38,8 @@ class FileNetwork:
     ) -> None:
         self._run = run
         self._moved_inputs, self._moved_outputs = channels_last
-        was_training = network.training
-        with torch.no_grad():
-            outputs = network.eval()(*(value[:1] for value in inputs))
-        network.train(was_training)
+        with evaluating(network), torch.no_grad():
+            outputs = network(*(value[:1] for value in inputs))
         self._leaves, self._structure = tree_flatten(outputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
