@@ -315,6 +315,8 @@ def test_folders_and_labels_that_cannot_be_used(model: Path, tmp_path: Path) -> 
         board_kit(model, tmp_path)
     with pytest.raises(ValueError, match="3 labels for 4 classes: give one for each"):
         board_kit(model, tmp_path / "new", labels="abc")
+    with pytest.raises(NotADirectoryError, match=r"mine\.txt is a file: name a folder for the kit"):
+        board_kit(model, tmp_path / "mine.txt", overwrite=True)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
     board_kit(model, tmp_path, overwrite=True)
     assert (tmp_path / "mine.txt").exists()

@@ -214,6 +214,21 @@ def test_prepare_is_seeded_and_checks_on_a_copy(file: Path, monkeypatch) -> None
     assert not torch.equal(first[0].weight, other[0].weight)
 
 
+def test_the_check_leaves_every_module_its_mode(file: Path, monkeypatch) -> None:
+    """A norm that the user froze is not one that trains."""
+    monkeypatch.setattr(preparing, "load_data", fake_data)
+
+    class Frozen(torch.nn.Sequential):
+        def __init__(self) -> None:
+            norm = torch.nn.BatchNorm2d(1).eval()
+            super().__init__(norm, torch.nn.Flatten(), torch.nn.Linear(784, 10))
+
+    monkeypatch.setattr(torch.nn, "Frozen", Frozen, raising=False)
+    settings = ["model={target: torch.nn.Frozen}", "cluster={n_clusters: 4}", "train={epochs: 1}"]
+    model = prepare(load_recipe(file, settings)).model
+    assert [layer.training for layer in model] == [False, True, True]
+
+
 @pytest.mark.parametrize("kind", ["plain", "clustered", "lightning"])
 def test_checkpoints(file: Path, tmp_path: Path, monkeypatch, kind: str) -> None:
     monkeypatch.setattr(preparing, "load_data", fake_data)

@@ -96,7 +96,7 @@ def board_kit(
 
     Raises:
         ExportError: a float file, one compiled before, or an operator that tflite-micro lacks.
-        FileExistsError: the folder holds something.
+        FileExistsError, NotADirectoryError: the folder holds something, or is a file.
         ValueError: labels that are not one for each class, samples that the file cannot take, or
             a compiled file that would replace the one given.
 
@@ -121,6 +121,8 @@ def board_kit(
     classes = math.prod(inspected.outputs[0].shape)
     if labels and len(labels) != classes:
         raise ValueError(f"{len(labels)} labels for {classes} classes: give one for each")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: name a folder for the kit")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(
             f"{folder} is not empty: overwrite=True (--overwrite) replaces an earlier kit's files"

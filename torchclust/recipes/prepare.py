@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from torchclust.allocation.sensitivity import class_divergence
+from torchclust.data_aware.blocks import evaluating
 from torchclust.export.accelerators import ACCELERATORS, Configuration
 from torchclust.lightning.trees import installed
 from torchclust.model.cluster import cluster_
@@ -170,15 +171,13 @@ def _builder(section: ModelSection, folder: str | None) -> tuple[str, Callable[.
 def _check_output(label: str, model: nn.Module, data: Data) -> None:
     """Send one image through, so that a model for other images is found out now."""
     image, _ = data.train[[0]]
-    shape, training = tuple(image.shape), model.training
+    shape = tuple(image.shape)
     try:
-        with torch.no_grad():
-            logits = model.eval()(image)
+        with torch.no_grad(), evaluating(model):
+            logits = model(image)
     except (RuntimeError, ValueError, IndexError) as error:
         reason = str(error).split("\n", 1)[0]
         raise RecipeError(f"model: {label} does not take images of {shape}: {reason}") from error
-    finally:
-        model.train(training)
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, data.n_classes):
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise RecipeError(
