@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchclust import cluster_
-from torchclust.export import TFLiteExport, to_tflite, vela
+from torchclust.export import ExportError, TFLiteExport, to_tflite, vela
 from torchclust.export.layout import prepare
 
 
@@ -146,9 +146,13 @@ def operators(kind: Callable[[], nn.Module]) -> list[str]:
     return sorted(str(node.name) for node in prepared.module.traced.substitutes)
 
 
-def test_what_is_written_from_inputs_or_drawn_is_left_alone() -> None:
+def test_what_is_written_from_inputs_is_left_alone() -> None:
     assert operators(Filled) == []
-    assert operators(Tossed) == []
+
+
+def test_what_is_drawn_is_no_constant() -> None:
+    with pytest.raises(ExportError, match="draws random numbers"):
+        operators(Tossed)
 
 
 def test_a_constant_that_changes_between_two_reads_is_left_alone() -> None:

@@ -30,7 +30,7 @@ def product(traced: Traced, node: fx.Node) -> Substitute | None:
     def product(a: Tensor, x: Tensor, **_: object) -> Tensor:
         turned = x[None] if x.ndim == 1 else x.transpose(-1, -2)
         if math.prod(whole[:-2]) > 1:
-            return (turned @ a.transpose(-1, -2)).transpose(-1, -2).reshape(size)
+            return (turned @ a.transpose(-1, -2)).transpose(-1, -2).contiguous().reshape(size)
         y = F.linear(turned, a.reshape(whole[-2:]))
         return y.transpose(-1, -2).contiguous().reshape(size)
 
