@@ -257,6 +257,24 @@ def test_a_mirrored_float_codebook_is_refused_and_nothing_is_left(tmp_path: Path
     assert path.read_bytes() == b"the old file"
 
 
+def test_values_that_only_look_clustered_may_be_mirrored(tmp_path: Path) -> None:
+    """A filter that blurs, before a norm with negative factors; one that was clustered is told."""
+    blur, norm = nn.Conv2d(4, 4, 3, groups=4, bias=False), nn.BatchNorm2d(4)
+    blur.weight.data[:] = torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16
+    norm.weight.data[::2] *= -1
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), blur, norm).eval()
+    result = to_tflite(model, IMAGES, tmp_path / "a.tflite", calibration=[IMAGES])
+    assert result.tensors == ()
+    assert result.sqnr_db is not None
+    assert result.sqnr_db > 24
+    model = small(norm=True)
+    model[1].weight.data[::2] *= -1
+    strip_(cluster_(model, {"0.weight": 8}))
+    with pytest.warns(UserWarning, match=r"'0.weight' would have .* codes, if it was clustered"):
+        result = to_tflite(model, IMAGES, tmp_path / "a.tflite", calibration=[IMAGES])
+    assert result.tensors == ()
+
+
 def test_a_write_that_fails_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,7 @@ def find_clustered(
             more codes than clusters there.
     """
     found: list[Placed[WeightT]] = []
+    mirrored: list[str] = []
     weights = sorted(weights, key=lambda w: not w.matrix.any())
     for weight in weights:
         candidates = sorted(trained, key=lambda t: _is_placed(found, t))
@@ -97,13 +98,16 @@ def find_clustered(
             candidates = [t for t in candidates if not _is_placed(found, t)]
         matches = (match(weight.matrix, t) for t in candidates)
         matched = next((m for m in matches if m is not None), None)
-        if matched is not None:
-            _check_count(matched)
+        if matched is None:
+            continue
+        if _has_its_count(matched):
             found.append(Placed(weight, _without_trifles(matched)))
+        else:
+            mirrored.append(matched.trained.name)
     unclaimed = (w for w in weights if all(p.weight is not w for p in found))
     left = {*other_sizes, *(w.matrix.size for w in unclaimed)}
     for t in trained:
-        if t.name in used and not _is_placed(found, t):
+        if t.name in used and t.name not in mirrored and not _is_placed(found, t):
             _report_unplaced(t, left)
     return found
 
@@ -189,15 +193,27 @@ def _report_unplaced(trained: Trained, sizes_left: set[int]) -> None:
         warnings.warn(f"{lost}, if it was clustered: it holds few values", stacklevel=4)
 
 
-def _check_count(matched: Matched) -> None:
+def _has_its_count(matched: Matched) -> bool:
+    """Whether there are no more codes than clusters.
+
+    Of a tensor that is clustered anything else is an error; one that only looks so, as a fixed
+    filter that blurs, is rounded like any other.
+    """
     trained = matched.trained
     count = most_codes(matched.codes, matched.groups)
     if count <= trained.n_clusters:
-        return
-    raise ExportError(
+        return True
+    cause = (
         f"{trained.name!r} would have {count} codes for {trained.n_clusters} clusters: BatchNorm "
         f"(or another factor that is folded into it) is negative for {matched.negative} of its "
-        f"{len(matched.codes)} channels, which mirrors their codes.\n"
+        f"{len(matched.codes)} channels, which mirrors their codes"
+    )
+    remedy = (
         f"An int8 codebook is symmetric and immune:  "
         f'cluster_(model, {trained.n_clusters}, codebook_dtype="int8")'
     )
+    if not trained.recovered:
+        raise ExportError(f"{cause}.\n{remedy}")
+    if trained.n_clusters > _FEW:
+        warnings.warn(f"{cause}, if it was clustered: it holds few values. {remedy}", stacklevel=4)
+    return False

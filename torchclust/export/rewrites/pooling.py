@@ -21,6 +21,7 @@ from torchclust.export.rewrites.nodes import (
     arguments,
     is_nonnegative,
     numbers,
+    operator,
     shape,
     source,
 )
@@ -32,7 +33,7 @@ Edges = tuple[tuple[int, int], tuple[int, int]]
 def max_pool(traced: Traced, node: fx.Node) -> Substitute | None:
     """Widen the map by its outermost pixels, which changes no maximum, then pool."""
     given, before, after = arguments(node), shape(source(node)), shape(node)
-    if len(before) not in (3, 4) or set(numbers(given["dilation"], 1)) != {1}:
+    if not _is_batch(node) or set(numbers(given["dilation"], 1)) != {1}:
         return None
     kernel, stride = _window(given, before)
     edges = _edges(node, kernel, stride, _pair(given["padding"], before, 0))
@@ -55,7 +56,7 @@ def avg_pool(traced: Traced, node: fx.Node) -> Substitute | None:
     Over the whole map it is a MEAN, see `averages_all`.
     """
     given, before, after = arguments(node), shape(source(node)), shape(node)
-    if len(before) not in (3, 4):
+    if not _is_batch(node):
         return None
     kernel, stride = _window(given, before)
     padding, divisor = _pair(given["padding"], before, 0), given.get("divisor_override")
@@ -109,7 +110,7 @@ def adaptive_avg_pool(traced: Traced, node: fx.Node) -> Substitute | None:
 def adaptive_max_pool(traced: Traced, node: fx.Node) -> Substitute | None:
     """An ordinary pooling where sizes divide; else maxima of stretches of rows, of columns."""
     before, after = shape(source(node)), tuple(node.meta["val"][0].shape)
-    if len(before) not in (3, 4):
+    if not _is_batch(node):
         return None
     rows, columns = zip((1, *before[2:])[-2:], (1, *after[2:])[-2:], strict=True)
     if rows[0] % rows[1] == 0 and columns[0] % columns[1] == 0:
@@ -133,6 +134,11 @@ def widened(x: Tensor, edges: Edges) -> Tensor:
             first, last = x.narrow(axis, 0, 1), x.narrow(axis, x.shape[axis] - 1, 1)
             x = torch.cat([first] * begin + [x] + [last] * end, axis)
     return x
+
+
+def _is_batch(node: fx.Node) -> bool:
+    """Whether maps or sequences are pooled, and not a single one without its batch dimension."""
+    return len(shape(source(node))) == (3 if "1d" in operator(node) else 4)
 
 
 def _as_map(x: Tensor) -> Tensor:
