@@ -69,8 +69,9 @@ class Returned(nn.Module):
         (lambda x, y: (y, y), ["output_0", "output_1"]),
         (lambda x, y: {"a": {"b": y}, "a_b": y * 2}, ["a_b", "a_b_1"]),
         (lambda x, y: (x, y), ["output_0", "output_1"]),
+        (lambda x, y: {"x": y}, ["x"]),
     ],
-    ids=["twice", "alike", "input"],
+    ids=["twice", "alike", "input", "as the input"],
 )
 def test_every_end_has_a_name_of_its_own(
     returned: Callable[[Tensor, Tensor], Any], names: list[str], tmp_path: Path

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
 from torch.utils import _pytree
 
 from torchclust.export.container import pack, unpack
+from torchclust.export.rewrites.nodes import is_tensor, returned
 
 
 def input_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
@@ -24,11 +24,10 @@ def output_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
     A single tensor is ``output``, the items of a tuple ``output_0`` and so on; those of a dict have
     its keys. Where two would be the same, the later has a number.
     """
-    (returned,) = (node for node in program.graph.nodes if node.op == "output")
-    tree = _pytree.tree_unflatten(list(returned.args[0]), program.call_spec.out_spec)
+    tree = _pytree.tree_unflatten(list(returned(program)), program.call_spec.out_spec)
     paths, _ = _pytree.tree_flatten_with_path(tree)
     names: list[str] = []
-    for name in (_name(path) for path, node in paths if _is_tensor(node)):
+    for name in (_name(path) for path, node in paths if is_tensor(node)):
         numbered = (f"{name}_{number}" for number in itertools.count(1))
         names.append(next(n for n in itertools.chain([name], numbered) if n not in names))
     return tuple(names)
@@ -41,8 +40,10 @@ def with_names(content: bytes, inputs: Sequence[str], outputs: Sequence[str]) ->
     """
     model = unpack(content)
     main = model.subgraphs[0]
-    ends = zip((*main.inputs, *main.outputs), (*inputs, *outputs), strict=True)
-    for index, name in {int(i): n for i, n in reversed(list(ends))}.items():
+    first: dict[int, str] = {}
+    for index, name in zip((*main.inputs, *main.outputs), (*inputs, *outputs), strict=True):
+        first.setdefault(int(index), name)
+    for index, name in first.items():
         taken = {bytes(t.name or b"") for t in main.tensors}
         if name.encode() not in taken:
             main.tensors[index].name = name.encode()
@@ -67,7 +68,3 @@ def _name(path: Sequence[Any]) -> str:
     if keys and not keys[0].isdigit():
         return "_".join(keys)
     return "_".join(["output", *keys])
-
-
-def _is_tensor(node: Any) -> bool:
-    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)

@@ -83,10 +83,20 @@ def source(node: Any) -> fx.Node | None:
     return argument if isinstance(argument, fx.Node) else None
 
 
+def returned(program: torch.export.ExportedProgram) -> tuple[Any, ...]:
+    """What a trace returns, flat: operators, and what is None or a number."""
+    (node,) = (n for n in program.graph.nodes if n.op == "output")
+    return tuple(node.args[0])
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether an operator gives one tensor, of whatever shape."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
+
+
 def shape(node: Any) -> tuple[int, ...]:
     """The shape of an operator's result; () of what is no tensor."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
+    return tuple(node.meta["val"].shape) if is_tensor(node) else ()
 
 
 def flattened_map(node: fx.Node | None) -> fx.Node | None:
