@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from rows import keep
+from rows import keep, measure_or_print, published
 from torch import Tensor, nn
 
 from torchclust import cluster_
@@ -52,6 +52,7 @@ def measure(args: argparse.Namespace) -> None:
     with torch.no_grad():
         wanted = model(test)
     right = (wanted.argmax(1) == labels).double()
+    whole = encoded_bytes(model, samples(data.train, CALIBRATION, seed=0))
     for rate in args.rates:
         for seed in args.seeds:
             clips = samples(data.train, CLIPS, seed=seed)
@@ -71,7 +72,7 @@ def measure(args: argparse.Namespace) -> None:
                 points=round(100 * float(change.mean()), 2),
                 points_error=round(100 * float(change.std()) / len(change) ** 0.5, 2),
                 divergence=round(float(divergence(logits, wanted)), 4),
-                share=round(encoded_bytes(clustered, clips) / encoded_bytes(model, clips), 4),
+                share=round(encoded_bytes(clustered, clips) / whole, 4),
             )
 
 
@@ -94,18 +95,10 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=Path, help="folder of the published weights")
-    parser.add_argument("--data", type=Path, help="folder of the data sets")
+    parser = published(__doc__)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.0275, 0.03])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--table", action="store_true", help="print what was measured, only")
-    args = parser.parse_args()
-    if args.table:
-        print(table())
-        return
-    torch.set_num_threads(1)
-    measure(args)
+    measure_or_print(parser, measure, table)
 
 
 if __name__ == "__main__":

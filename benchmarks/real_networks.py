@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import keep
+from rows import keep, measure_or_print, published
 from squeezenet_bytes import SqueezeNet
 from torch import Tensor, nn
 
@@ -174,23 +174,19 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def measure_all(args: argparse.Namespace) -> None:
+    for name in args.networks:
+        measure(name, args)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=Path, help="folder of the published weights")
-    parser.add_argument("--data", type=Path, help="folder of their data sets")
+    parser = published(__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--clusters", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--depthwise", type=int, default=0, help="cluster depthwise kernels too")
     parser.add_argument("--accelerator", default="ethos-u55-128")
     parser.add_argument("--without-inputs", dest="with_inputs", action="store_false")
-    parser.add_argument("--table", action="store_true", help="print what was measured, only")
-    args = parser.parse_args()
-    if args.table:
-        print(table())
-        return
-    torch.set_num_threads(1)
-    for name in args.networks:
-        measure(name, args)
+    measure_or_print(parser, measure_all, table)
 
 
 if __name__ == "__main__":

@@ -160,6 +160,12 @@ class Graph:
         """The input that the operator multiplies its weight by."""
         return self.tensors[operator.inputs[_INPUT_OPERAND.get(operator.name, 0)]]
 
+    def groups(self, operator: Operator, weight: Tensor) -> int:
+        """In how many groups a convolution reads its channels; any other operator in one."""
+        if operator.name != "CONV_2D":
+            return 1
+        return self.activation(operator).shape[3] // weight.shape[3]
+
 
 def read_graph(content: bytes | bytearray) -> Graph:
     """Parse a .tflite file's bytes.

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from torchclust.export.backends import ExportError, first_line, quietly
 from torchclust.export.names import input_names, output_names
-from torchclust.export.rewrites.nodes import operator
+from torchclust.export.rewrites.nodes import operator, returned
 from torchclust.export.rewrites.rules import rewrite
 from torchclust.export.rewrites.traced import Traced
 from torchclust.model.cluster import strip_
@@ -259,8 +259,7 @@ def _check_repeats(
 
 def _check_outputs(program: torch.export.ExportedProgram) -> None:
     """Refuse outputs of integers: no file of int8 values holds them."""
-    (returned,) = (node for node in program.graph.nodes if node.op == "output")
-    for number, node in enumerate(returned.args[0]):
+    for number, node in enumerate(returned(program)):
         value = node.meta.get("val") if isinstance(node, fx.Node) else None
         if isinstance(value, Tensor) and not value.is_floating_point() and node.op != "placeholder":
             raise ExportError(

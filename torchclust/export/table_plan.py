@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from torchclust.export.backends import ExportError
-from torchclust.export.graph import Graph, Operator, Weight, read_graph
+from torchclust.export.graph import Graph, Weight, read_graph
 from torchclust.export.lookup_tables import OVERHEAD, Encoded, encode, with_tables
 from torchclust.export.micro_interpreter import least_arena
 from torchclust.export.parts import DIVISIBLE, in_parts
@@ -89,15 +89,11 @@ def _can_be_cut(index: int, graph: Graph) -> bool:
     tensor = graph.tensors[index]
     users = graph.users(tensor)
     size, rows = math.prod(tensor.shape), tensor.shape[0]
-    divisible = len(users) == 1 and users[0].name in DIVISIBLE and not _in_groups(users[0], graph)
+    # A kernel counts groups by channels: with fewer outputs they would read other inputs.
+    divisible = (
+        len(users) == 1 and users[0].name in DIVISIBLE and graph.groups(users[0], tensor) == 1
+    )
     return divisible and rows > 1 and size >= 2 * _SMALLEST_PART
-
-
-def _in_groups(operator: Operator, graph: Graph) -> bool:
-    """A kernel counts groups by channels: with fewer outputs they would read other inputs."""
-    if operator.name != "CONV_2D":
-        return False
-    return graph.activation(operator).shape[3] != graph.tensors[operator.inputs[1]].shape[3]
 
 
 def _considered(weight: Weight, graph: Graph, left: set[int]) -> Encoded | str:

@@ -151,10 +151,11 @@ class Comparison:
 
 def sqnr(pairs: Sequence[tuple[Array, Array]]) -> float:
     """Signal to noise of pairs (wanted, got), in decibels; infinities that agree count for none."""
-    unlike = [(want[want != got].astype(np.float64), got[want != got]) for want, got in pairs]
-    noise = sum(float(np.square(want - got).sum()) for want, got in unlike)
-    finite = [want[np.isfinite(want)] for want, _ in pairs]
-    signal = sum(float(np.square(want, dtype=np.float64).sum()) for want in finite)
+    signal = noise = 0.0
+    for want, got in pairs:
+        unlike = want != got
+        noise += float(np.square(want[unlike].astype(np.float64) - got[unlike]).sum())
+        signal += float(np.square(want[np.isfinite(want)], dtype=np.float64).sum())
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf

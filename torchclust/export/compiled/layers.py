@@ -80,8 +80,7 @@ def _starts(graph: Graph, tensor: Tensor, operator: Operator) -> range:
         return range(tensor.shape[3] // graph.activation(operator).shape[3])
     if operator.name != "CONV_2D":
         return range(1)
-    groups = graph.activation(operator).shape[3] // tensor.shape[3]
-    return range(0, tensor.shape[0], max(1, tensor.shape[0] // groups))
+    return range(0, tensor.shape[0], max(1, tensor.shape[0] // graph.groups(operator, tensor)))
 
 
 def _convolution(positions: Array, users: list[Operator]) -> Array | None:

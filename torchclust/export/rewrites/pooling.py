@@ -112,7 +112,7 @@ def adaptive_max_pool(traced: Traced, node: fx.Node) -> Substitute | None:
     before, after = shape(source(node)), tuple(node.meta["val"][0].shape)
     if not _is_batch(node):
         return None
-    rows, columns = zip((1, *before[2:])[-2:], (1, *after[2:])[-2:], strict=True)
+    rows, columns = zip(_sides(before), _sides(after), strict=True)
     if rows[0] % rows[1] == 0 and columns[0] % columns[1] == 0:
         kernel = [rows[0] // rows[1], columns[0] // columns[1]]
         return lambda x, *_, **__: (F.max_pool2d(_as_map(x), kernel).reshape(after), None)
@@ -141,6 +141,11 @@ def _is_batch(node: fx.Node) -> bool:
     return len(shape(source(node))) == (3 if "1d" in operator(node) else 4)
 
 
+def _sides(whole: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a map; a sequence has one row."""
+    return (1 if len(whole) == 3 else whole[2]), whole[-1]
+
+
 def _as_map(x: Tensor) -> Tensor:
     """A sequence as a map of one row."""
     return x.unsqueeze(2) if x.ndim == 3 else x
@@ -159,7 +164,7 @@ def _edges(
     node: fx.Node, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Edges:
     """How many rows and columns the windows reach beyond the map: before it, after it."""
-    before, after = ((1, *shape(n)[2:])[-2:] for n in (source(node), node))
+    before, after = _sides(shape(source(node))), _sides(shape(node))
     rows, columns = (
         (p, max(0, (m - 1) * s + k - n - p))
         for n, m, k, s, p in zip(before, after, kernel, stride, padding, strict=True)

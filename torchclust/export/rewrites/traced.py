@@ -21,7 +21,9 @@ from torchclust.export.rewrites.nodes import (
     Substitute,
     computed,
     is_constant,
+    is_tensor,
     operator,
+    returned,
     shape,
     source,
     writes,
@@ -135,19 +137,14 @@ class Traced:
         with traceback.preserve_node_meta():
             outputs = self._run(_Running(self.program.graph_module, self.substitutes), inputs)
         wanted = self.program.graph_signature.user_outputs
-        (returned,) = (n for n in self.program.graph.nodes if n.op == "output")
-        names = [n.name if isinstance(n, fx.Node) else None for n in returned.args[0]]
+        made = returned(self.program)
+        names = [n.name if isinstance(n, fx.Node) else None for n in made]
         kept = [y for name, y in zip(names, outputs, strict=True) if name in wanted]
         return tuple(y for y in kept if isinstance(y, Tensor))
 
     def maps_out(self) -> tuple[bool, ...]:
         """For every tensor that the model returns, whether it is a map with its channels first."""
-        (returned,) = (n for n in self.program.graph.nodes if n.op == "output")
-        tensors = [
-            n
-            for n in returned.args[0]
-            if isinstance(n, fx.Node) and isinstance(n.meta.get("val"), Tensor)
-        ]
+        tensors = [n for n in returned(self.program) if is_tensor(n)]
         return tuple(
             len(shape(n)) == 4 or (len(shape(n)) > 2 and is_channels_last(self, n)) for n in tensors
         )
