@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from torchclust.data_aware.divergence import divergence
 from torchclust.lightning.trees import installed
 from torchclust.recipes.schema import Schedule
 from torchclust.zoo.dataset import Batch
@@ -18,8 +20,37 @@ else:
     LightningModule = installed()[0].LightningModule
 
 
+TEMPERATURE = 2.0  # of `Distillation`: what a teacher makes of the wrong classes counts, too
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a teacher makes of the images, as a part of the loss (Hinton et al., 2015).
+
+    Attributes:
+        teacher: from images to logits, in eval mode; it does not change.
+        weight: of the teacher in the loss, 0 to 1; the labels have the rest.
+    """
+
+    teacher: nn.Module
+    weight: float
+
+    def loss(self, images: Tensor, logits: Tensor, of_labels: Tensor) -> Tensor:
+        """Return the loss, a scalar, of logits (n, classes) whose loss `of_labels` is known.
+
+        The divergence at a temperature has gradients that fall with its square, which is made up
+        for: so the weight means the same at any temperature.
+        """
+        with torch.no_grad():
+            wanted = self.teacher.to(images.device)(images)
+        apart = divergence(logits.float() / TEMPERATURE, wanted.float() / TEMPERATURE)
+        return (1 - self.weight) * of_labels + self.weight * TEMPERATURE**2 * apart
+
+
 class Classifier(LightningModule):
     """A `model` from images to logits, cross-entropy, and Adam at `lr`, or from there down to 0."""
+
+    distillation: Distillation | None = None  # no submodule: neither trained nor saved
 
     def __init__(self, model: nn.Module, lr: float = 1e-3, schedule: Schedule = "constant") -> None:
         super().__init__()
@@ -30,9 +61,12 @@ class Classifier(LightningModule):
         return self.model(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean cross-entropy of a batch, and show it in the progress bar."""
+        """Return the mean loss of a batch, and show it in the progress bar."""
         images, labels = batch
-        loss = nn.functional.cross_entropy(self.model(images), labels)
+        logits = self.model(images)
+        loss = nn.functional.cross_entropy(logits, labels)
+        if self.distillation is not None and self.distillation.weight:
+            loss = self.distillation.loss(images, logits, loss)
         self.log("loss", loss, prog_bar=True)
         return loss
 

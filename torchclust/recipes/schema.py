@@ -58,6 +58,9 @@ class FinetuneSection(Section):
     model is clustered for the outputs that they give, and `torchclust.distill_` brings these back
     to the unclustered model's, 150 steps a block for each of `epochs`. The control is then the
     trained model itself.
+
+    With a ``distillation_weight`` the clustered classifier learns what the control makes of an
+    image, beside its label (Hinton et al., 2015; at a temperature of 2). The control does not.
     """
 
     epochs: int = Field(1, ge=0, description="passes over the training set")
@@ -65,6 +68,9 @@ class FinetuneSection(Section):
     schedule: RateSchedule = "constant"
     quantize_activations: bool = Field(False, description="fake-quantize activations meanwhile")
     labels: bool = Field(True, description="false: a few images and the unclustered model")
+    distillation_weight: float = Field(
+        0.0, ge=0, le=1, description="of the control's outputs in the loss; labels have the rest"
+    )
 
 
 class ExportSection(Section):
@@ -164,6 +170,11 @@ class Recipe(Section):
         for name, section in (("prune", self.prune), ("finetune", self.finetune)):
             if section is not None and section.schedule != "constant":
                 raise ValueError(f"{name}.schedule: the module's configure_optimizers has its own")
+        if self.finetune is not None and self.finetune.distillation_weight:
+            raise ValueError(
+                "finetune.distillation_weight: the module's training_step has a loss of its own; "
+                "let that hold the teacher"
+            )
         return self
 
     @model_validator(mode="after")
@@ -181,6 +192,11 @@ class Recipe(Section):
             raise ValueError(
                 "cluster.inputs: 0 leaves nothing to see where finetune.labels is false: give a "
                 f"number of samples, or leave it out ({UNLABELLED})"
+            )
+        if not self.labels and self.finetune and self.finetune.distillation_weight:
+            raise ValueError(
+                "finetune.distillation_weight goes with labels: without them all of the loss is "
+                "the unclustered model's outputs already"
             )
         if self.pack and not (self.cluster or self.prune):
             raise ValueError("pack needs the section cluster or prune: a packed file holds either")

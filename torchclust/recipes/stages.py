@@ -2,8 +2,7 @@
 
 Each stage's result is a file under ``DIR/stages`` whose name holds a digest of everything that it
 depends on (the recipe's sections so far, the checkpoint, the versions). So a stage that is done is
-neither run again nor reused by mistake: an interrupted run goes on where it was, and a sweep
-trains once.
+neither run again nor reused by mistake: an interrupted run goes on, and a sweep trains once.
 
 The *control* is the unclustered model, trained as long as the clustered one, at the same rates and
 from the same start. Every "baseline" in the report is the control's.
@@ -29,7 +28,7 @@ from torchclust.model.clustering import named_clusterings
 from torchclust.model.restore import restore_
 from torchclust.recipes import choice
 from torchclust.recipes.chip import codebooks_of, measure_of, sizes_in_file
-from torchclust.recipes.classifier import Classifier
+from torchclust.recipes.classifier import Classifier, Distillation
 from torchclust.recipes.kept import Result, Stages, digest_of_networks, origin
 from torchclust.recipes.prepare import Prepared, cluster_network_
 from torchclust.recipes.pruning import GradualPruning, SparseDropout
@@ -111,12 +110,12 @@ def train_networks(prepared: Prepared, stages: Stages) -> Networks:
     if recipe.cluster is not None:
         start = compressed
         if recipe.cluster.chooses:
-            chosen = training.choose(start, trained)
+            chosen = training.choose(start, control)
             training = training.clustering_with(chosen.section)
         compressed, accuracy["before_finetune"] = training.cluster(start)
         accuracy["clustered"] = accuracy["before_finetune"]
         if recipe.finetune is not None and recipe.finetune.epochs:
-            compressed, accuracy["clustered"] = training.finetune(compressed, trained)
+            compressed, accuracy["clustered"] = training.finetune(compressed, control)
         if chosen is not None and recipe.cluster.budget is None:  # a budget counted them itself
             network, measure = task.network(compressed), measure_of(recipe)
             chosen = chosen.measured(encoded_bytes(network, measure, chosen.allocation))
@@ -164,7 +163,7 @@ class Training:
         recipe = self.recipe.model_copy(update={"cluster": section})
         return Training(replace(self.prepared, recipe=recipe), self.stages)
 
-    def choose(self, start: LightningModule, trained: LightningModule) -> choice.Chosen:
+    def choose(self, start: LightningModule, control: LightningModule) -> choice.Chosen:
         """Return numbers of clusters, or the price of a bit, within the recipe's budget."""
         section, seed = self.recipe.cluster, self.recipe.seed
         assert section is not None
@@ -175,7 +174,7 @@ class Training:
             module, _ = training.cluster(start)
             finetune = self.recipe.finetune
             if finetune is not None and finetune.epochs:
-                module, _ = training.finetune(module, trained)
+                module, _ = training.finetune(module, control)
             return self.task.network(module)
 
         if section.prices:
@@ -234,11 +233,11 @@ class Training:
     ) -> tuple[LightningModule, float]:
         """Return the clustered module, fine-tuned with labels or distilled without."""
         depends = self.recipe.sections("prune", "cluster", "finetune")
-        if not self.recipe.labels:
-            return self._stage("distill", depends, lambda: self._distilled(clustered, teacher))
-        return self._stage("finetune", depends, lambda: self._finetuned(clustered))
+        labels = self.recipe.labels
+        name, make = ("finetune", self._finetuned) if labels else ("distill", self._distilled)
+        return self._stage(name, depends, lambda: make(clustered, teacher))
 
-    def _finetuned(self, clustered: LightningModule) -> LightningModule:
+    def _finetuned(self, clustered: LightningModule, teacher: LightningModule) -> LightningModule:
         section = self.recipe.finetune
         assert section is not None
         # The network is clustered already: the callback lowers the rate, and clusters no more.
@@ -252,7 +251,8 @@ class Training:
         phase = Phase(section.epochs, schedule=section.schedule)
         pruned = self.recipe.prune
         sparse = [SparseDropout(pruned.sparsity, self.task.exports)] if pruned else []
-        return self._fit(clustered, [phase], [callback, *sparse])
+        distillation = Distillation(self.task.network(teacher), section.distillation_weight)
+        return self._fit(clustered, [phase], [callback, *sparse], distillation)
 
     def _distilled(self, clustered: LightningModule, teacher: LightningModule) -> LightningModule:
         section, inputs = self.recipe.finetune, self._inputs(clustered)
@@ -293,12 +293,13 @@ class Training:
         start: LightningModule,
         plan: list[Phase],
         callbacks: Sequence[Callback] = (),
+        distillation: Distillation | None = None,
     ) -> LightningModule:
         """Train a copy of `start` in the phases of the plan."""
         module = copy.deepcopy(start)
         for phase in (phase for phase in plan if phase.epochs):
             if isinstance(module, Classifier):  # others have schedules of their own
-                module.schedule = phase.schedule
+                module.schedule, module.distillation = phase.schedule, distillation
             lower = [LowerRates(phase.lr_scale)] if phase.lr_scale != 1 else []
             fit(
                 module,
