@@ -227,6 +227,7 @@ def test_what_is_wrong_is_one_line_before_anything_is_written(
         ("model=arm_mlp", "give either model .* or module"),
         ("metric=null", "nothing says how good the module is: add metric:"),
         ("train.lr=0.1", r"train\.lr: the module's own optimizers have their rates"),
+        ("finetune.distillation_weight=0.5", "training_step has a loss of its own; let that hold"),
         ("finetune.schedule=cosine", r"finetune\.schedule: the module's configure_optimizers"),
         (
             "prune={sparsity: 0.5, schedule: cosine}",

@@ -137,6 +137,26 @@ def test_without_labels_none_is_read(tmp_path: Path, monkeypatch, quantize: bool
     assert error < 0.5 * before
 
 
+def test_the_control_teaches_and_is_not_taught(tmp_path: Path, monkeypatch) -> None:
+    teachers = []
+
+    def spy(module, data, **rest):
+        teachers.append(module.distillation)
+        return fit(module, data, **rest)
+
+    monkeypatch.setattr(stages, "fit", spy)
+    states = []
+    for weight in (0.0, 0.9):
+        content = {**SMALL, "finetune": {"lr_scale": 0.5, "distillation_weight": weight}}
+        networks = train_networks(prepare(parse_recipe(content)), Stages(tmp_path, progress=False))
+        states.append(networks.compressed.state_dict())
+    # Trained once, and controlled once: neither depends on the weight.
+    assert [teacher.weight if teacher else None for teacher in teachers] == [None, None, 0.0, 0.9]
+    for name, value in teachers[-1].teacher.state_dict().items():
+        assert torch.equal(value, networks.control.state_dict()[name])
+    assert any(not torch.equal(a, b) for a, b in zip(*map(dict.values, states), strict=True))
+
+
 def test_clustering_may_see_inputs_where_there_are_labels_too(tmp_path: Path) -> None:
     """It starts closer to the trained model, and is then fine-tuned with labels."""
     before, after = {}, {}

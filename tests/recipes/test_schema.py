@@ -115,6 +115,8 @@ def test_cluster_section_is_cluster_config() -> None:
         ("train.epochs.x=8", "--set train.epochs.x=8: epochs is 1, which has no keys"),
         ("cluster.rules={a: [}", "--set cluster.rules=.*: line 1, column"),
         ("prune={sparsity: .5}", "prune needs cluster.preserve_sparsity: true"),
+        ("finetune.distillation_weight=2", "distillation_weight: should be less than or equal"),
+        ("finetune={distillation_weight: .5, labels: false}", "goes with labels: without them"),
     ],
 )
 def test_refused_with_one_line(file: Path, setting: str, message: str) -> None:

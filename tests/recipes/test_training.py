@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchclust.export import to_tflite
 from torchclust.export.file_network import of_tflite
-from torchclust.recipes.classifier import Classifier, accuracy
+from torchclust.recipes.classifier import Classifier, Distillation, accuracy
 from torchclust.recipes.loaders import of_loaders
 from torchclust.recipes.training import fit
 
@@ -33,6 +33,37 @@ def test_what_ends_training_is_what_the_caller_sees(
             callbacks=[Ending()], progress=False)  # fmt: skip
     if seen is not KeyboardInterrupt:
         assert found.value is raised
+
+
+def test_a_teacher_is_a_part_of_the_loss_and_stays_as_it_is() -> None:
+    """Hinton et al. (2015), equation 2: soft targets count by the square of their temperature."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)).eval()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    student = Classifier(nn.Linear(6, 3), 0.05)
+    names = set(student.state_dict())
+    student.distillation = Distillation(teacher, 0.75)
+    losses = []
+    student.log = lambda name, loss, **rest: losses.append(loss.detach())
+    for inputs, labels in BATCHES:
+        student.training_step((inputs, labels), 0).backward()
+        logits, wanted = student(inputs), teacher(inputs).softmax(1)
+        soft = nn.functional.kl_div(
+            (logits / 2).log_softmax(1),
+            (wanted.log() / 2).log_softmax(1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        hard = nn.functional.cross_entropy(logits, labels)
+        torch.testing.assert_close(losses.pop(), (0.25 * hard + 0.75 * 4 * soft).detach())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    del student.log
+    fit(student, of_loaders(pl, train=BATCHES), epochs=20, seed=0, progress=False)
+    assert set(student.state_dict()) == names
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    inputs = torch.cat([inputs for inputs, _ in BATCHES])
+    wrong = (student(inputs).softmax(1) - teacher(inputs).softmax(1)).abs().mean()
+    assert wrong < 0.1
 
 
 @pytest.mark.slow
