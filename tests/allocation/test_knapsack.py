@@ -77,3 +77,9 @@ def test_rescaled_keeps_numbers_and_losses() -> None:
         "a": [Choice(2, 75, 3.0), Choice(4, 150, 1.0)],
         "b": [Choice(None, 50, 0.0)],
     }
+
+
+def test_more_choices_than_a_byte_counts() -> None:
+    choices = [Choice(k, 100 + k, 1.0 / k) for k in range(2, 600)]
+    best = Allocations({"a": choices, "b": [Choice(2, 0, 0.0)]})
+    assert best.within(100 + 500)["a"].n_clusters == 500

@@ -1,10 +1,12 @@
 """What a choice of clusters spoils, where outputs are masked or not numbers."""
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchclust import ClusterConfig, fisher_information
@@ -92,3 +94,48 @@ def test_fisher_information_of_a_model_of_several_inputs() -> None:
     x, z, y = data.tensors
     expected = fisher_information(model, [((x[:4], z[:4]), y[:4]), ((x[4:], z[4:]), y[4:])], loss)
     assert torch.equal(found["layer.weight"], expected["layer.weight"])
+
+
+@pytest.mark.parametrize("computed", [prune.l1_unstructured, nn.utils.weight_norm])
+def test_fisher_information_of_what_a_hook_computes(computed: Any) -> None:
+    """The hook makes another tensor in every forward pass; that one is differentiated."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    options = {"amount": 0.5} if computed is prune.l1_unstructured else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        computed(layers[0], "weight", **options)
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    layers(torch.randn(1, 6))
+    for name in ("weight", "bias"):
+        for index in (0, 2):
+            getattr(plain[index], name).data.copy_(getattr(layers[index], name))
+    batches = [(torch.randn(8, 6), torch.arange(8) % 3) for _ in range(3)]
+    loss = nn.functional.cross_entropy
+    found, expected = (fisher_information(m, batches, loss) for m in (layers, plain))
+    assert found["0.weight"].any()
+    torch.testing.assert_close(found["0.weight"], expected["0.weight"])
+
+
+def test_fisher_information_in_inference_mode_and_of_a_recurrent_layer() -> None:
+    torch.manual_seed(0)
+    layer = nn.LSTM(6, 4, num_layers=2, dropout=0.5).eval()
+    batches = [(torch.randn(5, 2, 6), torch.randn(5, 2, 4))]
+
+    def loss(output: Any, target: Tensor) -> Tensor:
+        assert layer.training  # in eval mode cuDNN would not differentiate it
+        return (output[0] - target).square().mean()
+
+    first = fisher_information(layer, batches, loss)
+    with torch.inference_mode():
+        second = fisher_information(layer, batches, loss)
+    assert first["weight_ih_l0"].any()
+    assert all(torch.equal(first[name], second[name]) for name in first)  # no dropout
+    assert not layer.training
+    assert layer.dropout == 0.5
+
+
+def test_a_loss_that_depends_on_no_weight_is_refused() -> None:
+    batches = [(torch.randn(5, 6), torch.zeros(5, dtype=torch.long))]
+    with pytest.raises(ValueError, match="the loss does not depend on any weight"):
+        fisher_information(nn.Linear(6, 3), batches, lambda y, t: y.detach().sum())

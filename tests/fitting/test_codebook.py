@@ -665,3 +665,12 @@ def test_one_centroid_on_a_side_is_the_far_end(sign: int) -> None:
     book = fit_codebook(values, 6, init="linear", max_iter=0, preserve_sparsity=True)
     expected = sign * torch.tensor([-3, 0, 1.1, 1.1 + 7.9 / 3, 1.1 + 15.8 / 3, 9])
     torch.testing.assert_close(book.centroids, expected.sort().values)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_thousands_of_clusters_for_values_of_all_magnitudes(sparse: bool) -> None:
+    values = torch.exp(6 * torch.randn(20_000, generator=torch.Generator().manual_seed(0)))
+    book = fit_codebook(values, 4000, preserve_sparsity=sparse)
+    assert 3000 < len(book.centroids) <= 4000
+    error = (book.centroids[book.indices.long()] - values).square().sum()
+    assert float(error) == pytest.approx(book.inertia, rel=1e-3)

@@ -294,3 +294,23 @@ def test_more_weights_than_are_looked_at_one_by_one() -> None:
 def test_errors(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fit_integer_codebook(**{"weight": torch.ones(2, 3), "n_clusters": 7, **arguments})
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_importance_of_zeros_alone_says_nothing(init: str) -> None:
+    weight = torch.tensor([[0.0, 0.0, 2.0], [1.0, 0.0, -2.0]])
+    book = fit_integer_codebook(weight, 5, init=init, importance=(weight == 0).float())
+    assert torch.equal(book.indices, fit_integer_codebook(weight, 5, init=init).indices)
+    assert book.inertia == 0
+
+
+def test_a_channel_that_nothing_weighs_has_a_scale_that_suits_it() -> None:
+    torch.manual_seed(0)
+    weight, importance = torch.randn(40, 32), torch.ones(40, 32)
+    importance[20:] = 0
+    book = fit_integer_codebook(weight, 15, importance=importance)
+    wrong = (reconstructed(book, weight) - weight).square().mean(1)
+    assert wrong[20:].mean() < 1.2 * wrong[:20].mean()
+    half = fit_integer_codebook(weight[:20], 15)
+    assert torch.equal(book.codes, half.codes)  # it moves no code
+    assert book.inertia == pytest.approx(half.inertia, rel=1e-3)

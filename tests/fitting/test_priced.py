@@ -206,3 +206,47 @@ def test_refuses_what_is_no_price(fit: object) -> None:
     for wrong in ("0.1", True, None):
         with pytest.raises(TypeError, match=r"rate must be a number, got"):
             fit(torch.randn(4, 4), 3, rate=wrong)
+
+
+@pytest.mark.parametrize("init", ["optimal", "linear", "density", "kmeans++", "random"])
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_zeros_stay_zeros_at_any_price(init: str, rate: float, weighted: bool) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(2000)
+    values[:20] = 0
+    importance = torch.rand(2000) if weighted else None
+    if importance is not None:
+        importance[:10] = 0  # and are then not among the values that are fitted
+    book = fit_codebook(
+        values, 16, init=init, rate=rate, preserve_sparsity=True, importance=importance
+    )
+    assert not book.centroids[book.indices.long()][:20].any()
+    assert book.centroids.unique().numel() == book.centroids.numel()
+
+
+def test_a_zero_that_nothing_weighs_is_a_zero() -> None:
+    book = fit_codebook([0.0, 1.0], 4, rate=0.1, preserve_sparsity=True, importance=[0.0, 1.0])
+    assert book.centroids[book.indices.long()].tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("init", ["linear", "density", "kmeans++", "random"])
+def test_few_distinct_values_are_where_a_price_begins(init: str) -> None:
+    book = fit_codebook([1.0, 1.0, 2.0, 2.0], 4, init=init, rate=0.1)
+    assert book.centroids.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("fit", [fit_codebook, fit_integer_codebook])
+@pytest.mark.parametrize("init", ["optimal", "linear"])
+def test_a_price_counts_in_the_units_of_importance(fit: object, init: str) -> None:
+    """Fisher information is tiny, second moments are anything: the rate means the same."""
+    assert callable(fit)
+    torch.manual_seed(0)
+    weight = torch.randn(64, 32)
+    importance = torch.rand(64, 32) + 0.1
+    books = [
+        fit(weight, 15, rate=0.05, init=init, importance=importance * unit)
+        for unit in (1.0, 2**-20, 2**20)  # no rounding
+    ]
+    assert all(torch.equal(book.indices, books[0].indices) for book in books)
+    assert 5 < books[0].indices.unique().numel() < 15

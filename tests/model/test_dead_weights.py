@@ -134,3 +134,37 @@ def test_clustered_is_never_larger(
     net = torchclust.cluster_(dead_net(), k, codebook_dtype=dtype, **options)
     bits = entropies(net, tmp_path)
     assert all(bits[shape] < plain_entropies[shape] for shape in plain_entropies)
+
+
+@pytest.mark.parametrize("assignment", ["fixed", "nearest"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_weights_of_no_importance_take_their_nearest_centroid(dtype: str, assignment: str) -> None:
+    """Tokens that no batch held, inputs that were 0: they are left out of the fit, not set to 0."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 32)
+    layer = nn.Linear(32, 64)
+    layer.weight.data.copy_(weight)
+    importance = torch.rand(64, 32) + 0.5
+    importance[:, 20:] = 0
+    importance[40:] = 0
+    torchclust.cluster_(
+        layer, 16, codebook_dtype=dtype, assignment=assignment, preserve_sparsity=True,
+        importance={"weight": importance},
+    )  # fmt: skip
+    wrong = (layer.weight.detach() - weight).square() / weight.square().mean()
+    seen = importance > 0
+    assert wrong[~seen].mean() < 2 * wrong[seen].mean()
+    if assignment == "nearest":
+        assert torch.equal(layer.parametrizations.weight.original, weight)
+        assert not layer.parametrizations.weight[0].sparsity_mask.any()
+
+
+def test_a_sentinel_row_leaves_the_others_their_values() -> None:
+    table = nn.Embedding(64, 16)
+    with torch.no_grad():
+        table.weight.mul_(0.02)
+        table.weight[0] = -1e4
+    before = table.weight.detach()[1:].clone()
+    torchclust.cluster_(table, 16)
+    assert table.weight[1:].unique().numel() == 15
+    assert (table.weight[1:] - before).norm() < 0.2 * before.norm()

@@ -40,3 +40,25 @@ def test_plain_bits_are_those_of_int8_codes_by_channel() -> None:
     codes = torch.where(peaks > 1e-20, weight / peaks * 127, 0).round()
     share = codes.unique(return_counts=True)[1] / codes.numel()
     assert plain_int8_bits(weight) == pytest.approx(float(-(share * share.log2()).sum()), abs=1e-4)
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), outliers())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="gets larger, not smaller"):
+            torchclust.cluster_(model, 64)
+    assert not torchclust.is_clustered(model)
+
+
+@pytest.mark.parametrize("assignment", ["fixed", "nearest"])
+def test_weights_in_any_memory_order(assignment: str) -> None:
+    """As a kernel of Keras has it, transposed, or a convolution with its channels last."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.ConvTranspose2d(1, 16, 3))
+    model[0].weight.data = model[0].weight.data.t()
+    model[2].to(memory_format=torch.channels_last)
+    before = [p.detach().clone().contiguous() for p in model.parameters()]
+    torchclust.cluster_(model, 4, assignment=assignment)
+    assert [name for name, _ in torchclust.named_clusterings(model)] == ["0.weight", "2.weight"]
+    torchclust.strip_(model)
+    assert all((a - b).norm() < b.norm() for a, b in zip(model.parameters(), before, strict=True))

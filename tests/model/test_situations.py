@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from torchclust import cluster_, named_clusterings, strip_
+from torchclust import (
+    cluster_,
+    load_packed_,
+    named_clusterings,
+    refit_,
+    restore_,
+    save_packed,
+    strip_,
+    summary,
+)
 
 
 def model(**options: Any) -> nn.Sequential:
@@ -142,3 +152,95 @@ def test_an_average_of_a_network_with_spectral_norm() -> None:
     for _ in range(3):
         average.update_parameters(clustered)
     assert torch.equal(average(inputs()), clustered(inputs()))
+
+
+def works(layer: nn.Module) -> bool:
+    return bool(layer(torch.randn(5, 32))[0].isfinite().all())
+
+
+@pytest.mark.parametrize("change", ["cluster", "restore", "fit to inputs", "fit to NaN"])
+def test_what_becomes_of_a_copy_does_not_concern_its_original(change: str) -> None:
+    """A copy has its original's class, and torch keeps a parametrized tensor's property there."""
+    original = weight_norm(nn.Linear(32, 32))
+    copied = copy.deepcopy(original)
+    if change == "cluster":
+        cluster_(copied, 16)
+    elif change == "restore":
+        restore_(copied, cluster_(nn.Linear(32, 32), 16).state_dict())
+    elif change == "fit to inputs":
+        cluster_(original, 16, inputs=inputs())  # of which it makes a copy
+    else:
+        with pytest.raises(ValueError, match="batch 0 of the inputs holds NaN"):
+            cluster_(original, 16, inputs=torch.full((8, 32), torch.nan))
+    assert works(original)
+    assert works(copied)
+
+
+@pytest.mark.parametrize(
+    ("layer", "first", "second"),
+    [
+        (nn.LSTM(32, 32), "weight_ih_l0", "weight_hh_l0"),
+        (nn.Linear(32, 32), "weight", "bias"),
+    ],
+    ids=["LSTM", "Linear"],
+)
+def test_a_copy_may_be_clustered_further(layer: nn.Module, first: str, second: str) -> None:
+    original = cluster_(layer, {first: 4})
+    copied = cluster_(copy.deepcopy(original), {second: 4})
+    assert works(original)
+    assert [name for name, _ in named_clusterings(original)] == [first]
+    assert [name for name, _ in named_clusterings(copied)] == [first, second]
+    strip_(copied)
+    assert works(original)
+    assert works(copied)
+
+
+@pytest.mark.parametrize("assignment", ["fixed", "nearest"])
+def test_what_stands_on_top_counts(assignment: str, tmp_path: Path) -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor([2.0]))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return self.factor * weight
+
+    layer = cluster_(nn.Linear(32, 32), 4, assignment=assignment)
+    parametrize.register_parametrization(layer, "weight", Doubled(), unsafe=True)
+    weight = layer.weight.detach().clone()
+    save_packed(layer, tmp_path / "layer.packed")
+    assert torch.equal(load_packed_(nn.Linear(32, 32), tmp_path / "layer.packed").weight, weight)
+    plain = nn.Linear(32, 32)
+    with pytest.raises(ValueError, match="another parametrization on top of the clustered 'weight"):
+        restore_(plain, layer.state_dict())
+    assert type(plain) is nn.Linear
+    assert torch.equal(restore_(copy.deepcopy(layer), layer.state_dict()).weight, weight)
+    assert torch.equal(refit_(layer).weight, weight)
+
+
+def test_a_summary_lists_what_cannot_be_clustered() -> None:
+    layers = nn.ModuleDict({"lazy": nn.LazyLinear(4), "float8": nn.Linear(4, 4, bias=False)})
+    layers["sparse"] = nn.Linear(4, 4, bias=False)
+    layers["float8"].weight = nn.Parameter(torch.randn(4, 4).to(torch.float8_e4m3fn), False)
+    layers["sparse"].weight = nn.Parameter(torch.eye(4).to_sparse())
+    rows = {row.name: row for row in summary(layers).rows}
+    assert "it is lazy" in rows["lazy.weight"].skipped
+    assert "cluster it in bfloat16" in rows["float8.weight"].skipped
+    assert "cluster it in dense form" in rows["sparse.weight"].skipped
+    with pytest.raises(ValueError, match=r"dtype is torch.float8_e4m3fn; cluster it in bfloat16"):
+        cluster_(layers, {"float8.weight": 4})
+
+
+def test_a_summary_leaves_spectral_norm_where_it_was() -> None:
+    layer = spectral_norm(nn.Linear(32, 32)).train()
+    before = copy.deepcopy(layer.state_dict())
+    summary(layer)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    assert layer.parametrizations.weight[0].training
+
+
+def test_half_precision_holds_every_evenly_spaced_centroid() -> None:
+    layer = nn.Linear(64, 64).half()
+    layer.weight.data.uniform_(-1, 1).mul_(6e4)
+    cluster_(layer, 64, assignment="nearest", rate=0.05)
+    assert layer.weight.isfinite().all()

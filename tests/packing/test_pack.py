@@ -565,3 +565,56 @@ def test_an_entropy_coder_that_codes_differently_is_refused(
     monkeypatch.setattr(packed_entropy, "_PROBE_WORDS", [1, 2, 3])
     with pytest.raises(ImportError, match=r"codes differently.*pip install 'constriction>=0.5,<0"):
         packed_entropy.constriction()
+
+
+class WithExtra(nn.Linear):
+    """Keeps a number beside its tensors, as torch lets modules do."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(4, 4)
+        self.number = number
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.number)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.number = int(state)
+
+
+def test_extra_state_is_given_back(tmp_path: Path) -> None:
+    file = tmp_path / "m.packed"
+    save_packed(nn.Sequential(WithExtra(7)), file)
+    assert load_packed_(nn.Sequential(WithExtra(0)), file)[0].number == 7
+
+
+@pytest.mark.parametrize("buffer", [True, False])
+def test_names_that_look_like_torchs_own(tmp_path: Path, buffer: bool) -> None:
+    def make() -> nn.ModuleDict:
+        gate = nn.Module()
+        gate.w_orig = nn.Parameter(torch.randn(4))
+        if buffer:
+            gate.register_buffer("w_mask", torch.ones(4))
+        else:
+            gate.w_mask = nn.Parameter(torch.ones(4))
+        return nn.ModuleDict(
+            {"a": nn.Linear(32, 32), "gate": gate, "reparametrizations": nn.Linear(2, 2)}
+        )
+
+    saved, loaded, file = make(), make(), tmp_path / "m.packed"
+    save_packed(saved, file)
+    cluster_(loaded["a"])
+    load_packed_(loaded, file)
+    assert all(map(torch.equal, saved.state_dict().values(), loaded.state_dict().values()))
+
+
+def test_what_could_not_be_given_back_is_not_saved(tmp_path: Path) -> None:
+    expanded, hooked, file = nn.Linear(4, 4), nn.Linear(4, 4), tmp_path / "m.packed"
+    expanded.register_buffer("seen", torch.zeros(1).expand(8))
+    with pytest.raises(TypeError, match="'seen' is expanded: several of its elements are one"):
+        save_packed(expanded, file)
+    hooked.register_state_dict_post_hook(
+        lambda module, state, prefix, _: state.update({prefix + "more": torch.ones(2)})
+    )
+    with pytest.raises(TypeError, match="'more' of the state dict is no parameter or buffer"):
+        save_packed(hooked, file)
+    assert not file.exists()

@@ -76,12 +76,12 @@ class Allocations:
         most = sum(choices[-1].n_bytes for choices in self._curves.values())
         self._unit = max(1, -(-(most - self.least) // _STEPS))
         loss = np.zeros(sum(steps[-1] for steps in self._steps().values()) + 1)
-        self._taken: dict[str, npt.NDArray[np.uint8]] = {}
+        self._taken: dict[str, npt.NDArray[np.uint16]] = {}
         for name, steps in self._steps().items():
             tried = np.full((len(steps), len(loss)), np.inf)
             for row, step, choice in zip(tried, steps, self._curves[name], strict=True):
                 row[step:] = loss[: len(loss) - step] + choice.loss
-            self._taken[name] = tried.argmin(axis=0).astype(np.uint8)
+            self._taken[name] = tried.argmin(axis=0).astype(np.uint16)
             loss = tried.min(axis=0)
         self._falls = np.flatnonzero(np.diff(loss, prepend=np.inf) < 0)
         self.sizes = [self.least + int(step) * self._unit for step in self._falls]

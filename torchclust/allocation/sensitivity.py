@@ -1,6 +1,6 @@
 """Which weights matter: the empirical Fisher information's diagonal, and tensors tried in turn.
 
-In: a model, batches, a loss. The weights that a forward really reads (`live_weights`) collect
+In: a model, batches, a loss. The weights that a forward really reads (`weights_read`) collect
 squared gradients; or each tensor is clustered alone. Out: importances, or curves for `knapsack`.
 """
 
@@ -15,13 +15,14 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from torchclust.allocation.encoded_size import Measure, encoded_bytes
 from torchclust.allocation.knapsack import Choice
 from torchclust.data_aware.divergence import divergence
 from torchclust.model.cluster import cluster_
-from torchclust.model.slots import live_weights
+from torchclust.model.slots import weights_read
 from torchclust.weight.config import ClusterConfig
 
 CANDIDATES = (2, 4, 6, 8, 12, 16, 24, 32, 64)
@@ -156,13 +157,20 @@ def _gradients(
             f"{f' of {len(batch)}' if isinstance(batch, tuple | list) else ''}"
         )
     inputs, target = batch
-    with torch.enable_grad(), live_weights(model) as weights:
-        floating = {name: w for name, w in weights.items() if w.is_floating_point()}
+    with torch.inference_mode(False), torch.enable_grad(), parametrize.cached():
         loss = loss_fn(_call(model, inputs), target)
-        found = torch.autograd.grad(loss, list(floating.values()), allow_unused=True)
+        floating = {n: w for n, w in weights_read(model).items() if w.is_floating_point()}
+        read = {name: weight for name, weight in floating.items() if weight.requires_grad}
+        if not (loss.requires_grad and read):
+            raise ValueError(
+                "the loss does not depend on any weight: the forward pass or loss_fn detaches it. "
+                "Leave out torch.no_grad(), detach() and item() there"
+            )
+        found = torch.autograd.grad(loss, list(read.values()), allow_unused=True)
+    gradients = dict(zip(read, found, strict=True))
     return {
-        name: torch.zeros_like(weight) if gradient is None else gradient
-        for (name, weight), gradient in zip(floating.items(), found, strict=True)
+        name: torch.zeros_like(weight) if (got := gradients.get(name)) is None else got
+        for name, weight in floating.items()
     }
 
 
@@ -174,11 +182,18 @@ def _call(model: nn.Module, inputs: Any) -> Any:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode with every floating-point parameter differentiable; both put back afterwards."""
+    """Eval mode with every floating-point parameter differentiable; both put back afterwards.
+
+    Recurrent modules are in training mode, in which alone cuDNN differentiates them, without their
+    dropout: the same function.
+    """
     modes = {module: module.training for module in model.modules()}
+    dropouts = {m: m.dropout for m in modes if isinstance(m, nn.RNNBase)}
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     try:
         model.eval()
+        for recurrent in dropouts:
+            recurrent.dropout, recurrent.training = 0.0, True
         for parameter in frozen:
             parameter.requires_grad_(True)
         yield
@@ -187,3 +202,5 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         for module, training in modes.items():
             module.training = training
+        for recurrent, dropout in dropouts.items():
+            recurrent.dropout = dropout

@@ -146,7 +146,7 @@ def _fit(values: Floats, weights: Floats | None, k: int, method: _Method) -> Flo
     moments = Moments(values, weights)
     if method.init == "optimal":
         bounds = optimal_bounds(moments, k)
-        return moments.means(bounds, np.zeros(k))
+        return moments.means(bounds, np.zeros(len(bounds) - 1))
     return lloyd(moments, seeds(method.init, moments, k, method.rng), method.max_iter)
 
 
@@ -162,7 +162,12 @@ def _fit_priced(
     price = price_of(moments, rate)
     if method.init == "optimal":
         return cheapest_runs(moments, k, price, pinned=preserve_sparsity)
-    start = seeds(method.init, moments, k - int(preserve_sparsity), method.rng)
+    k -= int(preserve_sparsity)
+    few = distinct_starts(values, k - 1)
+    if few is None:
+        start = seeds(method.init, moments, k, method.rng)
+    else:
+        start = values[few].astype(np.float64)
     runs = seeded(moments, start, pinned=preserve_sparsity)
     return settle(moments, runs, price, method.max_iter)
 
@@ -177,6 +182,10 @@ def _codebook_of(
     bounds = np.append(runs.bounds[:-1][first], runs.bounds[-1])
     inner = bounds[1:-1]
     limits = np.where(inner > 0, values[np.maximum(inner - 1, 0)], -np.inf).astype(values.dtype)
+    if runs.zero is not None:  # zeros of importance 0 are not among the sorted values
+        below = np.flatnonzero(first)[:-1] < runs.zero
+        least = np.nextafter(values.dtype.type(0), values.dtype.type(-1))
+        limits = np.where(below, np.minimum(limits, least), np.maximum(limits, 0))
     wide = centroids.double().numpy()
     return Codebook(
         centroids=centroids.to(data.device),
@@ -217,7 +226,7 @@ def _fit_above_zero(values: Floats, weights: Floats | None, k: int, method: _Met
     moments = Moments(values, weights, centre=0.0)
     if method.init == "optimal":
         bounds = optimal_bounds(moments, k + 1, pinned=True)
-        return moments.means(bounds, np.zeros(k + 1))[1:]
+        return moments.means(bounds, np.zeros(len(bounds) - 1))[1:]
     start = np.concatenate([[0.0], seeds(method.init, moments, k, method.rng)])
     return lloyd(moments, start, method.max_iter, pinned=True)[1:]
 

@@ -14,7 +14,7 @@ benchmarks/fit.py says how far it is from the best of many random starts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,7 @@ _REACH = 0.4  # how far the line goes to either side, as a logarithm
 _ROUNDS = 30  # of both steps; about five are needed
 _SETTLE = 10  # closed-form steps
 _GAIN = 1e-6  # relative improvement that is worth another round
+_UNTOLD = 1e-9  # of the mean importance
 _WEIGHTS_AT_ONCE = 1 << 20
 _LIMITS_AT_ONCE = 1 << 13  # of codes, looked up in one call: what small tensors spend time on
 
@@ -111,7 +112,7 @@ def fit_integer_codebook(
     importance = checked_importance(importance, data.shape)
     require_finite("weight", data)
     rows = _rows(data)
-    weights = None if importance is None or not importance.any() else _rows(importance)
+    weights = None if importance is None else _weights_of_rows(rows, _rows(importance))
     channels = Channels(rows, weights)
     half = min((n_clusters - 1) // 2, GRID)
     limits: Float64s | None = None
@@ -129,8 +130,8 @@ def fit_integer_codebook(
         codes, ratio = _best_fit(channels, half)
     else:
         codes, ratio = _lloyd_fit(channels, half, init, max_iter, np.random.default_rng(seed))
-    book = _assigned(data, weights, codes, _scales(channels.peak, ratio), limits)
-    return book if importance is None or weights is not None else replace(book, inertia=0.0)
+    given = None if importance is None else _rows(importance)
+    return _assigned(data, given, codes, _scales(channels.peak, ratio), limits)
 
 
 def _variance(rows: Floats, weights: Floats | None) -> float:
@@ -138,6 +139,21 @@ def _variance(rows: Floats, weights: Floats | None) -> float:
     wide = rows.astype(np.float64)
     mean = np.average(wide, weights=weights)
     return float(np.average(np.square(wide - mean), weights=weights))
+
+
+def _weights_of_rows(rows: Floats, importance: Floats) -> Floats | None:
+    """Importances of mean 1, of which every channel has some, or None where they say nothing.
+
+    With that mean the price of a bit is in units of the squared errors as they are weighed. A
+    channel that has none on what is not 0 gets next to nothing on everything: its scale then suits
+    it as far as the codes of the others allow, and it moves none of them.
+    """
+    told = (importance * (rows != 0)).any(axis=1, keepdims=True)
+    if not told.any():
+        return None
+    return np.where(told, importance / importance.mean(dtype=np.float64), _UNTOLD).astype(
+        importance.dtype
+    )
 
 
 def _rows(data: Tensor) -> Floats:

@@ -108,12 +108,22 @@ def settle(moments: Moments, runs: Runs, price: float, steps: int) -> Runs:
         ).numpy()
         inner = np.searchsorted(moments.values, _below(limits / moments.scale, moments), "right")
         bounds = np.concatenate([[0], inner, [moments.n]])
+        if runs.zero is not None:
+            bounds = _around_zeros(moments, bounds, runs.zero)
         moved = _without_empty(moments, bounds, runs.zero)
         cost = objective(moments, moved, price)
         if not cost < best:
             break
         runs, best = moved, cost
     return runs
+
+
+def _around_zeros(moments: Moments, bounds: Ints, zero: int) -> Ints:
+    """The pinned run takes all zeros, however little another run's bits cost."""
+    low, high = (int(np.searchsorted(moments.values, 0.0, side)) for side in ("left", "right"))
+    return np.concatenate(
+        [np.minimum(bounds[: zero + 1], low), np.maximum(bounds[zero + 1 :], high)]
+    )
 
 
 def bits_of_runs(lengths: Ints, n: int) -> Float64s:

@@ -10,34 +10,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BURIED = 1e-10
-"""Of the largest weighted square. A channel of weights that small has an output's variance a
-10^10th of its neighbours', which the eps of a BatchNorm behind it buries (1e-5, or 1e-3)."""
-
 _LARGEST = 127
-_TRIFLE = 1e-5  # of the largest row's peak: what the exporter lets become 0
+_TRIFLE = 1e-5
+"""Of the largest. A channel of weights that small has an output's variance a 10^10th of its
+neighbours', which the eps of a BatchNorm behind it buries (1e-5, or 1e-3), and the exporter lets it
+become 0."""
 
 
-def without_noise(weight: Tensor, importance: Tensor | None = None) -> Tensor:
-    """Set to 0 what does not matter beside the largest of its tensor.
+def without_noise(weight: Tensor, effect: Tensor) -> Tensor:
+    """Set to 0 every weight that does next to nothing to the outputs beside the largest.
 
     Args:
         weight: floating, finite, any shape.
-        importance: of the squared errors, the weight's shape, >= 0; None for all equal.
+        effect: what the square of each does to the outputs, the weight's shape, >= 0. Where all of
+            it is 0 it says nothing, and all effects are taken for equal.
 
     Returns:
         The weight itself if all of it matters, else a copy.
-
-    >>> without_noise(torch.tensor([[1.0, 0.5], [1e-32, -2e-32]]))
-    tensor([[1.0000, 0.5000],
-            [0.0000, 0.0000]])
     """
-    if weight.numel() == 0 or not torch.isfinite(weight).all():
-        return weight  # refused where it is fitted
     size = weight.detach().abs().double()
-    if importance is not None and importance.any():
-        size = size * importance.to(size).sqrt()
-    small = size <= _BURIED**0.5 * size.max()
+    if effect.any():
+        size = size * effect.to(size).sqrt()
+    return _without(weight, size)
+
+
+def without_dead_channels(rows: Tensor) -> Tensor:
+    """Set to 0 every output channel whose weights are all noise beside the largest of the tensor.
+
+    Single weights of a channel are not looked at: beside its largest they take the code 0 anyway.
+
+    Args:
+        rows: `(O, ...)`, output channels first, floating.
+
+    Returns:
+        The tensor itself if all of it matters, else a copy.
+
+    >>> without_dead_channels(torch.tensor([[1.0, 2e-9], [1e-32, -2e-32]]))
+    tensor([[1.0000e+00, 2.0000e-09],
+            [0.0000e+00, 0.0000e+00]])
+    """
+    if rows.dim() < 2:
+        return rows
+    dims = tuple(range(1, rows.dim()))
+    return _without(rows, rows.detach().abs().double().amax(dims, keepdim=True))
+
+
+def _without(weight: Tensor, size: Tensor) -> Tensor:
+    if weight.numel() == 0 or not torch.isfinite(size).all():
+        return weight  # refused where it is fitted
+    small = size <= _TRIFLE * size.max()
     return weight.masked_fill(small, 0) if (small & (weight != 0)).any() else weight
 
 
@@ -52,11 +73,11 @@ def plain_int8_bits(rows: Tensor) -> float:
     >>> plain_int8_bits(torch.tensor([[1.0, -1.0, 1.0, -1.0], [1e-32, 0.0, 0.0, 0.0]]))
     1.5
     """
-    flat = rows.detach().reshape(len(rows) if rows.dim() > 1 else 1, -1).float()
+    flat = rows.detach().reshape(len(rows) if rows.dim() > 1 else 1, -1).double()
     peaks = flat.abs().amax(1, keepdim=True)
     least = (_TRIFLE * peaks.max()).clamp_min(torch.finfo(torch.float32).tiny)
     codes = (flat / peaks.maximum(least) * _LARGEST).round()
-    return entropy(torch.bincount(codes.view(-1).long() + _LARGEST))
+    return entropy(torch.bincount(codes.reshape(-1).long() + _LARGEST))
 
 
 def entropy(counts: Tensor) -> float:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from torchclust.fitting.partition import EXACT
-from torchclust.fitting.worth import without_noise
 from torchclust.model.slots import Slot
 from torchclust.weight.codebooks import can_be_stacked, stack_fits
 from torchclust.weight.config import ClusterConfig
@@ -41,7 +40,7 @@ def books_of_alike(
         name = slot.candidate.name
         small = slot.candidate.n_elements <= EXACT and config.granularity == "tensor"
         if small and can_be_stacked(config, importance.get(name)):
-            rows = without_noise(slot.value()).transpose(0, slot.channel_dim)
+            rows = slot.value().transpose(0, slot.channel_dim)
             if torch.isfinite(rows).all():
                 key = config, rows.shape, rows.dtype, rows.device
                 alike.setdefault(key, []).append(_Member(name, config, rows))

@@ -58,7 +58,8 @@ def cluster_(
     value is what gets clustered; `strip_` then leaves a plain parameter.
 
     Args:
-        model: any module; only its parameters' structure changes.
+        model: any module; only its parameters' structure changes. All of it: a tensor that is tied
+            to one outside of the module given is not seen to be, and parted from it.
         rules: an int, a `ClusterConfig`, or a mapping from pattern to int, `ClusterConfig`, dict of
             fields, or None to leave alone; the last match wins. A pattern is a glob over parameter
             names or a module class name. What is not clustered by default (biases, norms,
@@ -111,7 +112,8 @@ def cluster_(
     else:
         fits, corrected = _fit_to_inputs(model, chosen, weights, inputs, seed)
     for (slot, _), fitted in zip(chosen, fits, strict=True):
-        warn_if_larger(slot, fitted)
+        warn_if_larger(slot, fitted)  # all of them before the first is clustered: it may raise
+    for (slot, _), fitted in zip(chosen, fits, strict=True):
         attach(slot, fitted)
     state = model.state_dict() if corrected else {}  # shares memory with the model
     for name, value in corrected.items():

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from torchclust.fitting.nearest import in_rows
-from torchclust.model.places import clustered_places, clustered_weight, parametrizations_of
+from torchclust.model.places import (
+    clustered_places,
+    clustered_weight,
+    is_covered,
+    parametrizations_of,
+)
 from torchclust.weight.clustered import ClusteredWeight
 from torchclust.weight.config import ClusterConfig
 
@@ -87,6 +92,9 @@ class Clustering:
     def value(self) -> Tensor:
         """The weight, detached; unlike the module's attribute it is not kept for the next time."""
         with torch.no_grad():
+            if is_covered(self.module, self.tensor_name):
+                read: Tensor = getattr(self.module, self.tensor_name)
+                return read.detach()
             return self._parametrization.value(self._original)
 
     @property

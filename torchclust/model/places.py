@@ -77,6 +77,16 @@ def clustered_weight(module: nn.Module, name: str) -> ClusteredWeight | None:
     return first if isinstance(first, ClusteredWeight) else None
 
 
+def is_covered(module: nn.Module, name: str) -> bool:
+    """Whether another parametrization, such as LoRA's, stands on top of a tensor's clustering."""
+    return clustered_weight(module, name) is not None and len(parametrizations_of(module)[name]) > 1
+
+
+def is_pruned(module: nn.Module, name: str) -> bool:
+    """Whether `torch.nn.utils.prune` computes the tensor."""
+    return name + "_mask" in module._buffers and computed_from(module, name + "_orig") == name
+
+
 def clustered_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Iterate over ``(name, module, tensor_name)`` of what is clustered, ties included."""
     for path, module in list(model.named_modules()):

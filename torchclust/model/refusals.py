@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torchclust.model.places import parametrizations_of
 from torchclust.model.rules import UNUSUAL
@@ -44,8 +45,9 @@ def why_refused(module: nn.Module, name: str, parameter: Tensor) -> str | None:
             "its module is compiled by TorchScript; cluster the Python module, strip it, and "
             "script or trace that"
         )
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        return "it is lazy and has no values yet; run one batch through the model first"
+    unreadable = why_unreadable(parameter)
+    if unreadable is not None:
+        return unreadable
     if parameter.is_meta:
         return "it is on the meta device and has no values; load the weights first"
     if hasattr(type(parameter), "__tensor_flatten__"):  # what torch calls a wrapper subclass
@@ -56,6 +58,17 @@ def why_refused(module: nn.Module, name: str, parameter: Tensor) -> str | None:
     if not parameter.is_floating_point():
         return f"its dtype is {parameter.dtype}, and only floating-point weights are clustered"
     return _why_module_refuses(module, name)
+
+
+def why_unreadable(parameter: Tensor) -> str | None:
+    """Why nothing can be computed from a tensor's values; None where it can."""
+    if is_lazy(parameter):
+        return "it is lazy and has no values yet; run one batch through the model first"
+    if parameter.layout != torch.strided:
+        return f"it is {parameter.layout}; cluster it in dense form, before it is made sparse"
+    if parameter.is_floating_point() and parameter.element_size() < 2:
+        return f"its dtype is {parameter.dtype}; cluster it in bfloat16, before it is converted"
+    return None
 
 
 def _why_module_refuses(module: nn.Module, name: str) -> str | None:

@@ -80,6 +80,7 @@ def restore_structure_(model: nn.Module, state: Mapping[str, Any]) -> None:
     }
     # What fits already stays: an optimizer may hold these very parameters.
     if present != {place: _layout(tensors) for place, tensors in fits.items()}:
+        _refuse_covered(fits)
         strip_(model, validate=False)
         for slot in slots_of(model):
             path, _, name = slot.candidate.name.rpartition(".")
@@ -91,6 +92,16 @@ def restore_structure_(model: nn.Module, state: Mapping[str, Any]) -> None:
                     tensors[key] = tensors[key].to(here.dtype)
                 attach(slot, make_for(slot, config_from_bytes(tensors["config_json"]), tensors))
     match_quantized_(model, state)
+
+
+def _refuse_covered(fits: Mapping[tuple[str, str], Mapping[str, Tensor]]) -> None:
+    for (path, name), tensors in fits.items():
+        if any("." in key for key in tensors):
+            raise ValueError(
+                f"the state dict has another parametrization on top of the clustered "
+                f"{join(path, name)!r}, which restore_ cannot make: cluster this model likewise, "
+                f"register that parametrization, and call model.load_state_dict(state_dict)"
+            )
 
 
 def _tensors_under(state: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:

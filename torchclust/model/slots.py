@@ -8,17 +8,17 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.parameter import is_lazy
 
 from torchclust.model.places import (
     clustered_weight,
     computed_from,
+    is_covered,
     join,
     parameters_behind,
     parametrizations_of,
@@ -30,6 +30,7 @@ from torchclust.model.refusals import (
     why_not_subclassed,
     why_refused,
     why_skipped,
+    why_unreadable,
 )
 from torchclust.model.rules import (
     TOO_SMALL,
@@ -68,12 +69,13 @@ class Slot:
     def value(self) -> Tensor:
         """What is clustered: the weight, or, behind a "nearest" lookup, the weight that trains."""
         own = clustered_weight(self.module, self.tensor_name)
-        if own is not None and own.config.assignment == "nearest":
+        latent_counts = not is_covered(self.module, self.tensor_name)
+        if own is not None and own.config.assignment == "nearest" and latent_counts:
             latent = parametrizations_of(self.module)[self.tensor_name].original
             assert isinstance(latent, Tensor)
             return latent.detach()
         with torch.no_grad():
-            value: Tensor = getattr(self.module, self.tensor_name)
+            value = _read(self.module, self.tensor_name)
             pruned = getattr(self.module, self.tensor_name + "_mask", None)
             if isinstance(pruned, Tensor):  # torch.nn.utils.prune: up to date only after a forward
                 unpruned: Tensor = getattr(self.module, self.tensor_name + "_orig")
@@ -95,19 +97,24 @@ def decisions(model: nn.Module) -> list[tuple[str, Tensor, Decision]]:
             if own is None
             else Decision(own.config, None)
         )
-        with torch.no_grad():
-            value = slot.value() if own is None else getattr(slot.module, slot.tensor_name)
+        parameter = underlying(slot.module, slot.tensor_name)
+        if own is None and why_unreadable(parameter) is not None:
+            shape = _shape(slot.module, slot.tensor_name, parameter)
+            value = torch.empty(shape, dtype=parameter.dtype, device="meta")
+        else:
+            with torch.no_grad():
+                value = slot.value() if own is None else _read(slot.module, slot.tensor_name)
         found.append((slot.candidate.name, value.detach(), decision))
     return found
 
 
-@contextmanager
-def live_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Every parameter tensor by name, as the very tensor that forward calls inside will read."""
-    with parametrize.cached():
-        yield {
-            slot.candidate.name: getattr(slot.module, slot.tensor_name) for slot in slots_of(model)
-        }
+def weights_read(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter tensor by name, as the very tensor that the last forward pass read.
+
+    Of torch's parametrizations only inside the `parametrize.cached` in which that pass ran. What
+    hooks compute, as those of pruning do, they left where the pass found it.
+    """
+    return {slot.candidate.name: getattr(slot.module, slot.tensor_name) for slot in slots_of(model)}
 
 
 def planned(model: nn.Module, rules: Rules, *, strict: bool = True, **options: Any) -> list[str]:
@@ -207,8 +214,7 @@ def _describe(names: tuple[str, ...], places: tuple[tuple[nn.Module, str], ...])
     bases = {cls.__name__ for cls in mro if issubclass(cls, nn.Module)}
     base = _own_class(module)
     parameter = underlying(module, name)
-    lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
-    shape = torch.Size((0, 0)) if lazy else _shape(module, name, parameter)
+    shape = _shape(module, name, parameter)
     return Candidate(
         names=names,
         classes=frozenset(bases - {"Module", f"Parametrized{base.__name__}"}),
@@ -226,14 +232,29 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
+    if is_lazy(parameter):
+        return torch.Size((0, 0))
     own = clustered_weight(module, name)
     if own is not None:
         return own.shape
     if name in parametrizations_of(module):  # weight_norm's first tensor is one column
         with torch.no_grad():
-            weight: Tensor = getattr(module, name)
-            return weight.shape
+            return _read(module, name).shape
     return parameter.shape
+
+
+def _read(module: nn.Module, name: str) -> Tensor:
+    """The tensor as eval mode computes it: read in training, spectral_norm's estimate moves on."""
+    computing = (holder for key, holder in parametrizations_of(module).items() if key == name)
+    modes = {inner: inner.training for holder in computing for inner in holder.modules()}
+    try:
+        for inner in modes:
+            inner.training = False
+        value: Tensor = getattr(module, name)
+        return value
+    finally:
+        for inner, training in modes.items():
+            inner.training = training
 
 
 def clustered_slots(model: nn.Module) -> Iterator[tuple[Slot, ClusterConfig]]:

@@ -31,6 +31,7 @@ def attach(slot: Slot, clustered: ClusteredWeight) -> None:
     """Put a lookup in every place where the slot's tensor stands."""
     make_plain(slot.places)
     for module, name in slot.places:
+        _give_class_of_its_own(module)
         order = _parameter_order(module)
         module._parameters[name].grad = None  # type: ignore[union-attr]  # of the old shape
         parametrize.register_parametrization(module, name, clustered, unsafe=True)
@@ -62,6 +63,7 @@ def make_plain(places: Sequence[tuple[nn.Module, str]]) -> None:
         return
     for module, name in places:
         if name in parametrizations_of(module):
+            _give_class_of_its_own(module)
             parametrize.remove_parametrizations(module, name)
         elif name not in module._parameters and name + "_mask" in module._buffers:
             prune.remove(module, name)
@@ -69,12 +71,22 @@ def make_plain(places: Sequence[tuple[nn.Module, str]]) -> None:
             nn.utils.remove_weight_norm(module, name)
 
 
+def _give_class_of_its_own(module: nn.Module) -> None:
+    """Part a parametrized module from its deep copies, which have its very class.
+
+    torch keeps a property for each parametrized tensor there: one that is added or removed for a
+    copy would be added to, or missing from, the original as well.
+    """
+    if parametrizations_of(module):
+        made = type(module)
+        module.__class__ = type(made.__name__, made.__bases__, dict(vars(made)))
+
+
 def detach(module: nn.Module, name: str, value: Tensor) -> None:
     """Take our parametrization off and leave a plain parameter, the very one that was clustered.
 
-    Not torch's ``remove_parametrizations``: that deletes the property from the module's class,
-    which a deep copy shares, and so breaks the copy's original; and it leaves the parameter last
-    among its siblings, which reorders every optimizer and state dict built from then on.
+    Not torch's ``remove_parametrizations``: that leaves the parameter last among its siblings,
+    which reorders every optimizer and state dict built from then on.
     """
     holder = parametrizations_of(module)[name]
     parameter, order = holder.original, holder.parameter_order
@@ -84,14 +96,13 @@ def detach(module: nn.Module, name: str, value: Tensor) -> None:
         _forget_shape(parameter)
     parameter.data = value
     remaining = {n: p for n, p in parametrizations_of(module).items() if n != name}
-    class_dict, base = dict(vars(type(module))), type(module).__bases__[0]
     if remaining:
-        del class_dict[name]
+        _give_class_of_its_own(module)
+        delattr(type(module), name)
         del module.parametrizations[name]  # type: ignore[operator, union-attr]
-        module.__class__ = type(type(module).__name__, (base,), class_dict)
     else:
         del module._modules["parametrizations"]
-        module.__class__ = base
+        module.__class__ = type(module).__bases__[0]
     module.register_parameter(name, parameter)
     for sibling in [n for n in order if n in module._parameters]:
         module._parameters[sibling] = module._parameters.pop(sibling)

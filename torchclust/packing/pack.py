@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -37,7 +37,7 @@ from torchclust.packing.record import Record, read_records
 from torchclust.packing.search import choose
 from torchclust.packing.sections import PackedFileError, SectionWriter
 from torchclust.packing.size import PackedSize, packed_size
-from torchclust.packing.tensors import ModelTensor, tensors_of
+from torchclust.packing.tensors import EXTRA, ModelTensor, tensors_of
 
 _SQUEEZED_UP_TO = 1 << 16  # elements: larger tensors that are not clustered would take seconds
 
@@ -141,7 +141,14 @@ def load_packed_file_(model: ModuleT, file: BinaryIO) -> ModuleT:
             prune.remove(*tensor.pruned)
     targets = model.state_dict(keep_vars=True)
     for record in records:
-        _fill(targets, record, file)
+        value = _value(record, file)
+        for name in record.header.names:
+            path, _, last = name.rpartition(".")
+            if last == EXTRA:
+                model.get_submodule(path).set_extra_state(value)
+            else:
+                with torch.no_grad():
+                    targets[name].copy_(value)
     return model
 
 
@@ -215,8 +222,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(map(repr, names[:3])) + more if names else "none"
 
 
-def _fill(targets: Mapping[str, Tensor], record: Record, file: BinaryIO) -> None:
-    """Give the tensors of a record its values; decoded on the CPU, and only here kept alive."""
+def _value(record: Record, file: BinaryIO) -> Tensor:
+    """Decode the tensor of a record, on the CPU."""
     header = record.header
     dtype, layout = header.dtype, header.layout
     if header.coding is None:
@@ -225,10 +232,7 @@ def _fill(targets: Mapping[str, Tensor], record: Record, file: BinaryIO) -> None
         rows = np.empty((layout.n_rows, layout.n_columns), dtype.bits)
     for row, column, bits in record.blocks(file):
         rows[row, column] = bits
-    value = layout.restore(rows, dtype)
-    with torch.no_grad():
-        for name in header.names:
-            targets[name].copy_(value)
+    return layout.restore(rows, dtype)
 
 
 @contextlib.contextmanager

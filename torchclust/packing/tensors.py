@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torchclust.activations.quantized import rounding_buffers
-from torchclust.model.clustering import Clustering, is_clustered
+from torchclust.model.clustering import Clustering
+from torchclust.model.places import clustered_weight, is_covered, is_pruned
+from torchclust.model.refusals import CONV_TRANSPOSE
 from torchclust.packing.dtypes import dtype_of, to_bits
 from torchclust.packing.search import Hint
 
-_MARK = "parametrizations."
-_CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_COMPUTED = re.compile(r"(?P<owner>(?:.+\.)?)parametrizations\.(?P<name>[^.]+)\.(?P<rest>.+)")
+EXTRA = "_extra_state"  # what torch calls a module's own contribution to its state dict
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class ModelTensor:
 
     def hint(self) -> Hint:
         """What the clustering knows beyond the values."""
-        if self.clustering is None:
+        if self.clustering is None or is_covered(
+            self.clustering.module, self.clustering.tensor_name
+        ):
             return Hint()
         config, codes, scale = self.clustering.config, self.clustering.codes, self.clustering.scale
         if codes is not None and scale is not None:
@@ -75,10 +80,13 @@ def tensors_of(model: nn.Module) -> list[ModelTensor]:
     """
     state = model.state_dict(keep_vars=True)
     modules = dict(model.named_modules(remove_duplicate=False))
+    own = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     place = {path: number for number, path in enumerate(modules)}
     passing = rounding_buffers(model)
     keys = [key for key in state if key not in passing]
     each = [tensor for key in keys if (tensor := _tensor_of(modules, key, state)) is not None]
+    for tensor in each:
+        _check_its_own(tensor, own)
     each.sort(key=lambda t: (place.get(t.names[0].rpartition(".")[0], -1), t.names[0]))
     found: dict[int, ModelTensor] = {}
     for tensor in each:
@@ -95,22 +103,39 @@ def _tensor_of(
     """The tensor that a key of the state dict belongs to; None for what is derived from others."""
     clustering = pruned = None
     name = key
-    owner, mark, rest = key.rpartition(_MARK)
-    if mark:
-        module, tensor_name = modules[owner.rstrip(".")], rest.partition(".")[0]
-        if is_clustered(module, tensor_name):
-            if not rest.endswith(".original"):
+    path, _, last = key.rpartition(".")
+    module, base = modules.get(path), last.removesuffix("_orig")
+    computed = _COMPUTED.fullmatch(key)
+    if computed is not None:
+        owner, tensor_name = modules[computed["owner"].rstrip(".")], computed["name"]
+        if clustered_weight(owner, tensor_name) is not None:
+            if computed["rest"] != "original":
                 return None
-            name, clustering = owner + tensor_name, Clustering(module, tensor_name)
-    elif key.endswith("_mask") and key.removesuffix("_mask") + "_orig" in state:
+            name, clustering = computed["owner"] + tensor_name, Clustering(owner, tensor_name)
+    elif module is not None and last.endswith("_mask") and is_pruned(module, last[: -len("_mask")]):
         return None
-    elif key.endswith("_orig") and key.removesuffix("_orig") + "_mask" in state:
-        name = key.removesuffix("_orig")
-        pruned = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
-    path, _, last = name.rpartition(".")
+    elif module is not None and base != last and is_pruned(module, base):
+        name, pruned = key.removesuffix("_orig"), (module, base)
     stored = _storable(key, state[key])
-    by_columns = last == "weight" and isinstance(modules.get(path), _CONV_TRANSPOSE)
+    path, _, last = name.rpartition(".")
+    by_columns = last == "weight" and isinstance(modules.get(path), CONV_TRANSPOSE)
     return ModelTensor((name,), stored, clustering, pruned, axis=int(by_columns))
+
+
+def _check_its_own(tensor: ModelTensor, own: Container[int]) -> None:
+    """Refuse what could be saved, and not be loaded: it is copied into the model's own tensors."""
+    name, stored = tensor.names[0], tensor.stored
+    if id(stored) not in own and name.rpartition(".")[2] != EXTRA:
+        raise TypeError(
+            f"{name!r} of the state dict is no parameter or buffer of the model, but made by a "
+            f"hook; a packed file cannot give it back. Make it a buffer, or save it beside it"
+        )
+    steps = zip(stored.stride(), stored.shape, strict=True)
+    if any(step == 0 and size > 1 for step, size in steps):
+        raise TypeError(
+            f"{name!r} is expanded: several of its elements are one in memory, and cannot be "
+            f"loaded one by one. Give the module a copy:  register_buffer(name, tensor.clone())"
+        )
 
 
 def _storable(name: str, tensor: object) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchclust.fitting.nearest import priced_midpoints
 from torchclust.fitting.threads import must_be_traceable
-from torchclust.fitting.worth import without_noise
+from torchclust.fitting.worth import without_dead_channels
 from torchclust.weight.bits import RECENT, price_tensors, slopes_between
 from torchclust.weight.codebooks import fit_rows, relative_error
 from torchclust.weight.config import ClusterConfig, config_as_bytes
@@ -285,8 +285,9 @@ def fit_as(
         registers: the codebook with ``"fixed"``, the weight itself with ``"nearest"``.
         ``fit_error`` is ``||weight - clustered|| / ||weight||`` as fitted, a float32 scalar.
     """
-    kept = without_noise(weight.detach(), importance)
-    rows = kept.transpose(0, channel_dim)
+    rows = weight.detach().transpose(0, channel_dim)
+    if config.codebook_dtype == "int8":  # whose scales would make codes of a dead channel's noise
+        rows = without_dead_channels(rows)
     weights = None if importance is None else importance.detach().transpose(0, channel_dim)
     trained, indices, tensors = (
         fit_rows(rows, config, weights, seed) if book is None else (*book, {})
@@ -294,11 +295,12 @@ def fit_as(
     if config.assignment == "fixed":
         tensors |= {"original": trained, "indices": indices.transpose(0, channel_dim).contiguous()}
     else:
-        tensors |= {"original": kept.clone(), "centroids": trained}
+        latent = rows.transpose(0, channel_dim)
+        tensors |= {"original": latent.clone(), "centroids": trained}
         if config.rate:
             tensors |= _prices(kind, rows, config, trained, indices, tensors)
         if config.preserve_sparsity:
-            tensors["sparsity_mask"] = kept == 0
+            tensors["sparsity_mask"] = weight.detach() == 0
     with torch.no_grad():
         fitted = kind(config, tensors, channel_dim=channel_dim)
         clustered = fitted.value(tensors["original"])

@@ -76,7 +76,8 @@ def _spaced(
     half = config.half
     step = even_step(rows, half, config.rate, importance)
     places = torch.arange(-half, half + 1, dtype=torch.float64, device=rows.device)
-    centroids = (step * places).to(rows.dtype)
+    limits = torch.finfo(rows.dtype)
+    centroids = (step * places).clamp(limits.min, limits.max).to(rows.dtype)
     return centroids, assign(rows, centroids)
 
 
