@@ -28,7 +28,7 @@ def wake_word_energies(clip: Samples) -> Floats:
     frames = np.lib.stride_tricks.sliding_window_view(sound, 1024)[::512]
     power = np.abs(np.fft.rfft(frames * np.hamming(1024))) ** 2 / 1024
     edges = 700 * np.expm1(np.linspace(0, np.log1p(RATE / 2 / 700), 42))
-    energies = np.maximum(power, 1e-30) @ _triangles(_mel(edges), _mel(_frequencies(1024)))
+    energies = np.maximum(power, 1e-30) @ triangles(_mel(edges), _mel(_frequencies(1024)))
     decibels = 10 * np.log10(np.maximum(energies, 1e-30))
     found: Floats = np.clip((decibels + 52) / 64, 0, 1).T.astype(np.float32)
     return found
@@ -44,7 +44,7 @@ def machine_energies(sound: Samples) -> Floats:
     hann = 0.5 - 0.5 * np.cos(2 * np.pi / 1024 * np.arange(1024))
     power = np.abs(np.fft.rfft(frames * hann)) ** 2
     edges = _slaney_frequencies(np.linspace(0, _slaney_mel(RATE / 2), 130))
-    bands = _triangles(edges, _frequencies(1024)) * (2 / (edges[2:] - edges[:-2]))
+    bands = triangles(edges, _frequencies(1024)) * (2 / (edges[2:] - edges[:-2]))
     found: Floats = (10 * np.log10(power @ bands + np.finfo(float).eps)).astype(np.float32)
     return found
 
@@ -60,7 +60,7 @@ def _mel(hertz: Bands) -> Bands:
     return found
 
 
-def _triangles(edges: Bands, at: Bands) -> Bands:
+def triangles(edges: Bands, at: Bands) -> Bands:
     """Of every three edges in turn a triangle of height 1, at these places: (places, bands)."""
     low, centre, high = edges[:-2], edges[1:-1], edges[2:]
     rising = (at[:, None] - low) / (centre - low)

@@ -7,9 +7,9 @@ formulas are those of tf.signal, on which the reference network was trained.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from torchclust.zoo.keywords import COEFFICIENTS, RATE, Floats, Samples
+from torchclust.zoo.mel_energies import Bands, triangles
 
 _WINDOW, _STEP, _BINS = 480, 320, 512
 _BANDS, _LOWEST, _HIGHEST = 40, 20.0, 4000.0
@@ -33,13 +33,10 @@ def mfcc(clip: Samples) -> Floats:
     return found
 
 
-def _mel_bands() -> NDArray[np.float64]:
+def _mel_bands() -> Bands:
     """Triangles, evenly spaced in mel, over the spectrum's bins; the constant is left out."""
-    mel = 1127 * np.log1p(np.linspace(0, RATE / 2, _BINS // 2 + 1) / 700)[:, None]
+    mel = 1127 * np.log1p(np.linspace(0, RATE / 2, _BINS // 2 + 1) / 700)
     lowest, highest = 1127 * np.log1p(_LOWEST / 700), 1127 * np.log1p(_HIGHEST / 700)
-    edges = np.linspace(lowest, highest, _BANDS + 2)
-    low, centre, high = edges[:-2], edges[1:-1], edges[2:]
-    bands = np.minimum((mel - low) / (centre - low), (high - mel) / (high - centre))
+    bands = triangles(np.linspace(lowest, highest, _BANDS + 2), mel)
     bands[0] = 0
-    found: NDArray[np.float64] = np.maximum(bands, 0)
-    return found
+    return bands

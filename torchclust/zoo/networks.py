@@ -3,8 +3,8 @@
 Every builder takes `input_shape` (channels, height, width) and `n_classes` and returns an
 untrained `nn.Module` from float32 images (N, C, H, W) to logits (N, n_classes). A recipe's
 ``model.name`` is a key of `MODELS`; the section's other keys are the builder's keyword arguments.
-They use only layers that the int8 export keeps on the accelerator (`nn.AdaptiveAvgPool2d(1)`,
-not ``mean``), and `torch.manual_seed` before the call makes them reproducible.
+They use only layers that the int8 export keeps on the accelerator, and `torch.manual_seed` before
+the call makes them reproducible.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from torchclust.zoo.mlperf_tiny import mlperf_ic, mlperf_kws, mlperf_sww, mlperf_vww
+from torchclust.zoo.mlperf_tiny import Shape, mlperf_ic, mlperf_kws, mlperf_sww, mlperf_vww
 
-Shape = tuple[int, int, int]
 MNIST: Shape = (1, 28, 28)
 IMAGENET: Shape = (3, 224, 224)
 
