@@ -1,8 +1,11 @@
 """Data sets: shapes, fixed splits, order, and what is said when something is missing or broken."""
 
 import gzip
+import struct
 import sys
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from fake_data import write_idx
 from PIL import Image
 
 from torchclust.zoo.data import fashion_mnist, image_folder, mnist, mnist5k
-from torchclust.zoo.dataset import DataError, loader, samples
+from torchclust.zoo.dataset import DataError, loader, reading, samples
+from torchclust.zoo.pictures import visual_wake_words
 
 
 @pytest.fixture
@@ -91,7 +95,7 @@ def test_idx_damaged(idx_root: Path, content: bytes, message: str) -> None:
 def test_idx_damaged_gzip(idx_root: Path) -> None:
     file = idx_root / "train-images-idx3-ubyte.gz"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"cannot read .*train-images"):
+    with pytest.raises(DataError, match=r"cannot read .*train-images.*; replace it or delete it"):
         fashion_mnist(idx_root)
 
 
@@ -111,7 +115,7 @@ def test_image_folder_scales_and_crops(tmp_path: Path) -> None:
     expected = torch.tensor([[1.0, 0, 0], [0, 0, 1.0]])[:, :, None, None].expand(2, 3, 32, 32)
     torch.testing.assert_close(images, expected)
     (tmp_path / "val" / "a_red" / "0.jpg").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"cannot read the image .*0\.jpg"):
+    with pytest.raises(DataError, match=r"cannot read .*0\.jpg: .*; replace it or delete it"):
         image_folder(tmp_path, image_size=32).test[[0]]
 
 
@@ -119,8 +123,153 @@ def test_image_folder_missing_or_empty(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train is not a folder; .*--set data\.root="):
         image_folder(tmp_path)
     for part in ("train", "test"):
-        (tmp_path / part / "cat").mkdir(parents=True)
-    with pytest.raises(DataError, match="no images under"):
+        (tmp_path / part).mkdir()
+    with pytest.raises(DataError, match="have no folders in them; a class is a folder of images"):
+        image_folder(tmp_path)
+    saved(Image.new("RGB", (40, 40)), tmp_path, "cat", "dog")
+    (tmp_path / "test/dog/1.png").rename(tmp_path / "test/dog/1.txt")
+    with pytest.raises(
+        DataError, match=r"no images in .*test/dog: add some .*, or delete the class"
+    ):
+        image_folder(tmp_path)
+    (tmp_path / "test/dog").rename(tmp_path / "test/horse")
+    with pytest.raises(
+        DataError, match="have dog, horse in one only; a class is a folder of image"
+    ):
+        image_folder(tmp_path)
+
+
+def test_image_folder_passes_over_what_systems_and_editors_leave(tmp_path: Path) -> None:
+    saved(Image.new("RGB", (40, 40)), tmp_path, "a", "b")
+    (tmp_path / "train/.ipynb_checkpoints").mkdir()
+    (tmp_path / "train/a/._1.png").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "train/a/odd.png").mkdir()
+    (tmp_path / "train/a/.ipynb_checkpoints").mkdir()
+    (tmp_path / "train/a/.ipynb_checkpoints/1.png").write_bytes(b"no image")
+    data = image_folder(tmp_path, 32)
+    assert data.n_classes == 2
+    assert data.train[range(len(data.train))][1].tolist() == [0, 1]
+
+
+def saved(image: Image.Image, root: Path, *classes: str, name: str = "1.png", **how: Any) -> Path:
+    """The image in both parts of a folder, under each of the classes."""
+    for part in ("train", "test"):
+        for label in classes:
+            (root / part / label).mkdir(parents=True, exist_ok=True)
+            image.save(root / part / label / name, **how)
+    return root
+
+
+def clear_left() -> Image.Image:
+    """Blue, with a left half that is red and transparent."""
+    image = Image.new("RGBA", (40, 40), (0, 0, 255, 255))
+    image.paste((255, 0, 0, 0), (0, 0, 20, 40))
+    return image
+
+
+def palette() -> Image.Image:
+    """The same with a palette of red, which is transparent, and blue."""
+    image = Image.new("P", (40, 40), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.paste(0, (0, 0, 20, 40))
+    return image
+
+
+WHITE_BLUE = ((1.0, 1.0, 1.0), (0.0, 0.0, 1.0))
+GRAY = np.repeat(np.uint16([[0, 0x4000] * 20]), 40, axis=0)
+GRAY.sort(axis=1)
+
+
+@pytest.mark.parametrize(
+    ("image", "name", "how", "expected"),
+    [
+        (clear_left(), "1.png", {}, WHITE_BLUE),
+        (palette(), "1.gif", {"transparency": 0}, WHITE_BLUE),
+        (Image.fromarray(GRAY), "1.png", {}, ((0.0,) * 3, (64 / 255,) * 3)),
+        (Image.fromarray(GRAY), "1.tif", {}, ((0.0,) * 3, (64 / 255,) * 3)),
+        (Image.fromarray(GRAY.astype(">u2")), "1.tif", {}, ((0.0,) * 3, (64 / 255,) * 3)),
+    ],
+)
+def test_images_are_what_a_viewer_shows(
+    tmp_path: Path, image: Image.Image, name: str, how: dict[str, Any], expected: Any
+) -> None:
+    """What the left and the right half show; of a folder and of visual wake words alike."""
+    saved(image, tmp_path, "person", "non_person", name=name, **how)
+    (tmp_path / "test").rename(tmp_path / "val")
+    for data in (image_folder(tmp_path, 32), visual_wake_words(tmp_path, 32)):
+        found = data.train[[0]][0][0]
+        for half, colour in zip((found[:, :, :12], found[:, :, -12:]), expected, strict=True):
+            torch.testing.assert_close(half.mean((1, 2)), torch.tensor(colour))
+
+
+def test_images_are_turned_upright(tmp_path: Path) -> None:
+    image, orientation = Image.new("RGB", (80, 40)), Image.Exif()
+    image.paste((255, 255, 255), (0, 0, 40, 40))
+    orientation[0x112] = 6  # what was recorded on the left is on top
+    found = image_folder(saved(image, tmp_path, "a", exif=orientation), 32).train[[0]][0]
+    assert found[:, :, :12].eq(1).all()
+    assert found[:, :, -12:].eq(0).all()
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_images_of_unknown_range_are_refused(tmp_path: Path, kind: type) -> None:
+    root = saved(Image.fromarray(GRAY.astype(kind)), tmp_path, "a", name="1.tif")
+    message = r"1\.tif has pixels of 32 bits, whose range is unknown: save it with 8 or 16 bits"
+    with pytest.raises(DataError, match=message):
+        image_folder(root, 32).train[[0]]
+
+
+def png(*chunks: tuple[bytes, bytes]) -> bytes:
+    packed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+HEADER = struct.pack(">IIBBBBB", 40, 40, 8, 2, 0, 0, 0)
+PIXELS = (b"IDAT", zlib.compress(bytes(1000)))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "cannot identify image file"),
+        (png((b"IHDR", HEADER[:5])), "Truncated IHDR"),  # a ValueError of Pillow's
+        (png((b"IHDR", HEADER), PIXELS, (b"\xc6\4\xd2n", b"")), "broken PNG"),  # a SyntaxError
+        (
+            png((b"IHDR", struct.pack(">II", 1 << 15, 1 << 15) + HEADER[8:]), PIXELS),
+            "exceeds limit",
+        ),
+    ],
+    ids=["empty", "value", "syntax", "huge"],
+)
+def test_a_damaged_image_is_named(tmp_path: Path, content: bytes, reason: str) -> None:
+    saved(Image.new("RGB", (40, 40)), tmp_path, "person", "non_person")
+    (tmp_path / "test").rename(tmp_path / "val")
+    (tmp_path / "val/person/1.png").write_bytes(content)
+    message = rf"cannot read .*val/person/1\.png: .*{reason}.*[^.]; replace it or delete it"
+    with pytest.raises(DataError, match=message):
+        image_folder(tmp_path, 32).test[[1]]
+    with pytest.raises(DataError, match=message):
+        visual_wake_words(tmp_path, 32)
+
+
+def test_reading_names_the_file_and_what_has_no_text() -> None:
+    with (
+        pytest.raises(DataError, match=r"^cannot read a\.wav: RuntimeError; replace it"),
+        reading(Path("a.wav")),
+    ):
+        raise RuntimeError
+
+
+def test_images_without_pillow_name_the_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(Image.new("RGB", (40, 40)), tmp_path, "a")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    message = r"images needs the package Pillow, which is not installed:  pip install .torchclust\["
+    with pytest.raises(DataError, match=message):
         image_folder(tmp_path)
 
 

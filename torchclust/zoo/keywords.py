@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchclust.zoo.dataset import DataError
+from torchclust.zoo.dataset import required
 
 Samples = NDArray[np.int16]
 Floats = NDArray[np.float32]
@@ -26,7 +26,7 @@ FRAMES, COEFFICIENTS = 49, 10
 
 def features(clip: Samples) -> Floats:
     """Return the (49, 10) features of one second, int16 (16000,)."""
-    front_end = _front_end()
+    front_end = _front_end().MicroFrontend()
     raw, frames, start = clip.tobytes(), [], 0
     while start + 320 <= len(raw):  # 10 ms of 16-bit samples, which is what one call reads
         done = front_end.process_samples(raw[start : start + 320])
@@ -46,14 +46,7 @@ def _cosines(channels: int) -> Floats:
 
 
 def _front_end() -> Any:
-    try:
-        from pymicro_features import MicroFrontend  # type: ignore[import-untyped,unused-ignore]
-    except ImportError as error:
-        raise DataError(
-            "speech needs the audio front end pymicro-features, which is not installed:  "
-            'pip install "torchclust[recipes]"'
-        ) from error
-    return MicroFrontend()
+    return required("pymicro_features", "pymicro-features", "speech")
 
 
 def front_end_version() -> str:

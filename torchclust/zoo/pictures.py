@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from torchclust.zoo.dataset import Data, DataError, ImageArrays, ImageFolder
+from torchclust.zoo.dataset import Data, DataError, ImageArrays, ImageFolder, rgb
 
 _RECORD = 1 + 3 * 32 * 32
 _PERSON = ("non_person", "person")
@@ -70,13 +70,4 @@ def _batch(file: Path) -> NDArray[np.uint8]:
 
 
 def _squeezed(file: Path, size: int) -> NDArray[np.uint8]:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as image:
-            pixels = np.asarray(image.convert("RGB").resize((size, size)))
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(
-            f"cannot read the image {file}: {error}; replace it or delete it"
-        ) from error
-    return pixels.transpose(2, 0, 1)
+    return np.asarray(rgb(file).resize((size, size))).transpose(2, 0, 1)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchclust.zoo.dataset import Data, DataError, Spectrograms
-from torchclust.zoo.keywords import CLASSES, Floats
+from torchclust.zoo.dataset import Data, DataError, Spectrograms, reading
+from torchclust.zoo.keywords import CLASSES, COEFFICIENTS, FRAMES, Floats
 from torchclust.zoo.mel_energies import wake_word_energies
 from torchclust.zoo.mfcc import mfcc
 from torchclust.zoo.speech import read_wav, recorded
@@ -20,6 +21,7 @@ LABELS = (
 )
 """In the order of MLPerf Tiny's reference network."""
 
+_DIGIT = re.compile(r"(\d)_.+_(\d+)\.wav")
 _DIGITS_TEST = 5  # recordings 0 to 4 of every digit and speaker are for testing
 
 
@@ -63,15 +65,25 @@ def fsdd(root: Path) -> Data:
     """
     folder = root / "recordings" if (root / "recordings").is_dir() else root
     files = sorted(folder.glob("[0-9]_*_*.wav"))
-    if not files:
+    names = [_digit(file) for file in files]
+    labels = np.array([digit for digit, _ in names])
+    test = np.array([number < _DIGITS_TEST for _, number in names])
+    if test.all() or not test.any():
         raise DataError(
-            f"fsdd: no DIGIT_SPEAKER_NUMBER.wav in {folder}; data.root is the folder of the Free "
-            "Spoken Digit Dataset:  --set data.root=/path/to/free-spoken-digit-dataset"
+            f"fsdd: no DIGIT_SPEAKER_NUMBER.wav in {folder} to train with (5 and up) or to test "
+            "with (0 to 4); data.root is the folder of the Free Spoken Digit Dataset:  "
+            "--set data.root=/path/to/free-spoken-digit-dataset"
         )
     features = np.stack([mfcc(_doubled(read_wav(file, 8000))) for file in files])
-    labels = np.array([int(file.name[0]) for file in files])
-    test = np.array([int(file.stem.rpartition("_")[2]) < _DIGITS_TEST for file in files])
     return _data(features[~test], labels[~test], features[test], labels[test], 10)
+
+
+def _digit(file: Path) -> tuple[int, int]:
+    """Return the digit and the number that a recording's name holds."""
+    found = _DIGIT.fullmatch(file.name)
+    if found is None:
+        raise DataError(f"{file} is not named DIGIT_SPEAKER_NUMBER.wav: rename it or delete it")
+    return int(found[1]), int(found[2])
 
 
 def _doubled(samples: NDArray[np.int16]) -> NDArray[np.int16]:
@@ -80,12 +92,17 @@ def _doubled(samples: NDArray[np.int16]) -> NDArray[np.int16]:
 
 
 def _from_arrays(file: Path) -> Data:
-    try:
-        with np.load(file) as stored:
-            features, labels, split = (stored[name] for name in ("mfcc", "label", "split"))
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise DataError(f"speech_commands: cannot read {file}: {error}; copy it anew") from error
+    with reading(file), file.open("rb") as raw, np.load(raw) as stored:
+        features, labels = stored["mfcc"].astype(np.float32), stored["label"].astype(np.int64)
+        split = stored["split"].astype(str)
     train, test = split == "a", split == "b"
+    shape = (*split.shape, FRAMES, COEFFICIENTS)
+    if features.shape != shape or labels.shape != split.shape or not (train.any() and test.any()):
+        raise DataError(
+            f'{file} should hold mfcc (N, 49, 10), label (N,) and split (N,) of "a" and "b", but '
+            f"holds {features.shape}, {labels.shape} and {split.shape} of "
+            f"{np.unique(split)[:4].tolist()}; copy it anew"
+        )
     return _data(features[train], labels[train], features[test], labels[test], len(LABELS))
 
 

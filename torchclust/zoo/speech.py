@@ -7,7 +7,8 @@ transform keeps the first 10 coefficients of each. That is the 49 x 10 input of 
 Edge" (2017), 20 ms apart, made by what runs on the microcontroller instead of by MFCCs.
 
 Arrays are cached in ``$XDG_CACHE_HOME/torchclust`` (``~/.cache``) under a name that holds a digest
-of everything they depend on. Nothing here downloads unless `fetch` is called.
+of everything they depend on: of recordings their names, sizes and times of change. Nothing here
+downloads unless `fetch` is called.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import tempfile
 import urllib.error
 import urllib.request
 import wave
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchclust.zoo.dataset import DataError
+from torchclust.zoo.dataset import DataError, reading
 from torchclust.zoo.keywords import (
     OTHER_WORDS,
     RATE,
@@ -45,6 +45,8 @@ from torchclust.zoo.voices import TEST_VARIANTS, TRAIN_VARIANTS, espeak_version,
 ARCHIVE_URL = "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
 ARCHIVE_SHA256 = "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"
 _RECIPE = 1  # part of the cache's name: raise it when the clips of a seed change
+_RECORDINGS = "[!.]*.wav"  # "._1.wav" is what macOS leaves beside 1.wav, and no recording
+_STREAMED = 1 << 29  # samples: nine hours
 FrontEnd = Callable[[Samples], Floats]  # from one second to its features
 
 
@@ -56,7 +58,7 @@ class Part:
     labels: NDArray[np.int64]
 
 
-def synthetic(n_train: int, n_test: int, seed: int, processes: int = 2) -> tuple[Part, Part]:
+def synthetic(n_train: int, n_test: int, seed: int, threads: int = 2) -> tuple[Part, Part]:
     """Return a training and a test set spoken by espeak-ng, the same ones for the same seed.
 
     Every clip has a voice, pitch, speed and loudness of its own, sits anywhere in its second, and
@@ -68,8 +70,8 @@ def synthetic(n_train: int, n_test: int, seed: int, processes: int = 2) -> tuple
     version = espeak_version()
 
     def compute() -> dict[str, NDArray[Any]]:
-        train = speak_all(n_train, TRAIN_VARIANTS, seed, 0, processes)
-        test = speak_all(n_test, TEST_VARIANTS, seed, 1, processes)
+        train = speak_all(n_train, TRAIN_VARIANTS, seed, 0, threads)
+        test = speak_all(n_test, TEST_VARIANTS, seed, 1, threads)
         return _as_arrays(train, test)
 
     depends = [_RECIPE, n_train, n_test, seed, version, front_end_version()]
@@ -87,15 +89,17 @@ def recorded(
     clips as a keyword has on average.
 
     Raises:
-        DataError: `root` is not such a folder, or a file in it is no 16 kHz recording.
+        DataError: `root` is not such a folder, has no ``_background_noise_``, or a file in it is no
+            16 kHz recording.
     """
     held_out = {name: _listed(root, f"{name}_list.txt") for name in ("testing", "validation")}
     clips = sorted(
         f"{folder.name}/{file.name}"
         for folder in root.iterdir()
         if folder.is_dir() and folder.name in (*WORDS, *OTHER_WORDS)
-        for file in folder.glob("*.wav")
+        for file in folder.glob(_RECORDINGS)
     )
+    noises = sorted((root / "_background_noise_").glob(_RECORDINGS))
     test = [clip for clip in clips if clip in held_out["testing"]]
     train = [clip for clip in clips if clip not in held_out["testing"] | held_out["validation"]]
     if not test or not train:
@@ -103,16 +107,21 @@ def recorded(
             f"{root} is no Speech Commands folder: {len(train)} clips for training and "
             f"{len(test)} for testing in folders yes, no, up ..."
         )
+    if not noises:
+        raise DataError(
+            f"{root}/_background_noise_ holds no recordings, of which the class silence is made; "
+            "unpack the archive anew"
+        )
 
     def compute() -> dict[str, NDArray[Any]]:
         parts = ((train, seed), (test, seed + 1))
         return _as_arrays(
-            *(_read_all(root, clips, seed, front_end, words) for clips, seed in parts)
+            *(_read_all(root, clips, noises, seed, front_end, words) for clips, seed in parts)
         )
 
-    listed = hashlib.sha256("\n".join([*train, "", *test]).encode()).hexdigest()
+    stamps = [_stamps(root / clip for clip in part) for part in (train, test)]
     version = front_end_version() if front_end is features else front_end.__name__
-    depends = [_RECIPE, str(root.resolve()), listed, seed, version, *words]
+    depends = [_RECIPE, str(root.resolve()), *stamps, _stamps(noises), seed, version, *words]
     return _as_parts(_cached("speech_commands", depends, compute))
 
 
@@ -158,18 +167,33 @@ def cache_folder() -> Path:
 
 
 def _listed(root: Path, name: str) -> set[str]:
-    try:
-        return set((root / name).read_text(encoding="utf-8").split())
-    except OSError as error:
+    if not (root / name).is_file():
         raise DataError(
-            f"{root} is no Speech Commands folder: cannot read {name}. Name the folder that the "
+            f"{root} is no Speech Commands folder: it has no {name}. Name the folder that the "
             "archive was unpacked into:  --set data.root=/path/to/speech_commands_v0.02  "
             "— or add --download to fetch it (2.4 GB)"
-        ) from error
+        )
+    with reading(root / name):
+        return set((root / name).read_text(encoding="utf-8-sig").split())
+
+
+def _stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Return what changes with a recording: reading all of them would take as long as no cache."""
+    found = []
+    for file in files:
+        with reading(file):
+            state = file.stat()
+        found.append(("/".join(file.parts[-2:]), state.st_size, state.st_mtime_ns))
+    return found
 
 
 def _read_all(
-    root: Path, clips: Sequence[str], seed: int, front_end: FrontEnd, words: Sequence[str]
+    root: Path,
+    clips: Sequence[str],
+    noises: Sequence[Path],
+    seed: int,
+    front_end: FrontEnd,
+    words: Sequence[str],
 ) -> list[tuple[Floats, int]]:
     """Return keywords as they are listed, and as many unknown words and silences as a word has."""
     rng = np.random.default_rng(seed)
@@ -180,25 +204,31 @@ def _read_all(
     named = [(clip, words.index(clip.partition("/")[0])) for clip in known]
     named += [(others[i], len(words) + 1) for i in chosen]
     found = [(front_end(_second(read_wav(root / clip))), label) for clip, label in named]
-    noises = [read_wav(file) for file in sorted((root / "_background_noise_").glob("*.wav"))]
-    if noises:
-        silences = (_stretch(noises, rng) for _ in range(share))
-        found += [(front_end(clip), len(words)) for clip in silences]
-    return found
+    sounds = [read_wav(file) for file in noises]
+    silences = (_stretch(sounds, rng) for _ in range(share))
+    return found + [(front_end(clip), len(words)) for clip in silences]
 
 
 def read_wav(file: Path, rate: int = RATE) -> Samples:
-    """Return the samples of a recording: one channel of 16 bits at `rate`."""
-    try:
-        with wave.open(io.BytesIO(file.read_bytes())) as sound:
-            kind = (sound.getnchannels(), sound.getsampwidth(), sound.getframerate())
-            raw = sound.readframes(sound.getnframes())
-    except (OSError, EOFError, wave.Error) as error:
-        raise DataError(f"cannot read the recording {file}: {error}") from error
+    """Return the samples of a recording, int16 (n,): one channel of 16 bits at `rate`, in hertz.
+
+    Raises:
+        DataError: `file` is something else, or is empty, damaged or cut short.
+    """
+    with reading(file), wave.open(io.BytesIO(file.read_bytes())) as sound:
+        kind = (sound.getnchannels(), sound.getsampwidth(), sound.getframerate())
+        stated = sound.getnframes()
+        raw = sound.readframes(stated)
     if kind != (1, 2, rate):
         raise DataError(
             f"{file} should be one channel of 16 bits at {rate:,} Hz, but has "
             f"{kind[0]} of {8 * kind[1]} bits at {kind[2]:,} Hz"
+        )
+    # A program that writes into a pipe states the most that the header can hold: no length at all.
+    if not raw or len(raw) % 2 or len(raw) // 2 < stated < _STREAMED:
+        raise DataError(
+            f"{file} is empty or cut short: it holds {len(raw):,} bytes of {stated:,} samples of "
+            "16 bits; copy it anew or delete it"
         )
     return np.frombuffer(raw, np.int16)
 
@@ -237,9 +267,9 @@ def _cached(
     file = cache_folder() / f"{name}-{digest}.npz"
     if file.exists():
         try:
-            with file.open("rb") as raw, np.load(raw) as stored:
+            with reading(file), file.open("rb") as raw, np.load(raw) as stored:
                 return dict(stored)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        except DataError:
             file.unlink()
     arrays = compute()
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from torchclust.zoo.dataset import DataError
+from torchclust.zoo.dataset import DataError, required
 from torchclust.zoo.keywords import CLASSES, OTHER_WORDS, RATE, Floats, Samples, features, to_int16
 
 # A voice is an accent and a variant, the shape of a throat. No variant speaks in both parts.
@@ -31,12 +31,11 @@ def espeak_version() -> str:
             "apt-get install espeak-ng  — or name a folder of recordings, Speech Commands v0.02:  "
             "--set data.root=/path/to/speech_commands"
         )
-    asked = subprocess.run(["espeak-ng", "--version"], capture_output=True, text=True, check=True)
-    return asked.stdout.split("Data at")[0].strip()
+    return _espeak("--version").decode(errors="replace").split("Data at")[0].strip()
 
 
 def speak_all(
-    count: int, variants: Sequence[str], seed: int, part: int, processes: int
+    count: int, variants: Sequence[str], seed: int, part: int, threads: int
 ) -> list[tuple[Floats, int]]:
     """Return `count` clips, the classes taking turns, each drawn from a stream of its own."""
 
@@ -46,7 +45,7 @@ def speak_all(
         return features(_clip(_word(label, rng), variants, rng)), label
 
     # Threads: the work is espeak-ng's, in a process of its own for each clip.
-    with ThreadPoolExecutor(processes) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(one, range(count)))
 
 
@@ -73,19 +72,29 @@ def _clip(word: str | None, variants: Sequence[str], rng: np.random.Generator) -
 
 def _spoken(word: str, variants: Sequence[str], rng: np.random.Generator) -> NDArray[np.float64]:
     """Return a word as some voice says it, without the silence around it, at 16 kHz."""
-    from scipy.signal import resample_poly  # type: ignore[import-untyped,unused-ignore]
-
+    signal = required("scipy.signal", "scipy", "data speech_synthetic")
     voice = f"{rng.choice(_ACCENTS)}+{rng.choice(variants)}"
     pitch, speed = str(rng.integers(15, 90)), str(rng.integers(110, 240))
-    command = ["espeak-ng", "--stdout", "-v", voice, "-p", pitch, "-s", speed, word]
-    wav = subprocess.run(command, capture_output=True, check=True).stdout
+    wav = _espeak("--stdout", "-v", voice, "-p", pitch, "-s", speed, word)
     # The header's lengths are not filled in when espeak-ng writes to a pipe.
     at = wav.index(b"data") + 8
     rate = int.from_bytes(wav[24:28], "little")
     raw = np.frombuffer(wav[at : len(wav) - (len(wav) - at) % 2], np.int16).astype(np.float64)
-    sound = resample_poly(raw, RATE, rate)
+    sound = signal.resample_poly(raw, RATE, rate)
     loud = np.flatnonzero(np.abs(sound) > 0.02 * np.abs(sound).max(initial=1.0))
     return np.asarray(sound[loud[0] : loud[-1] + 1] if len(loud) else sound[:1], np.float64)
+
+
+def _espeak(*words: str) -> bytes:
+    """Return what espeak-ng writes; where it writes nothing, it usually lacks the voice."""
+    done = subprocess.run(["espeak-ng", *words], capture_output=True)
+    if done.returncode or not done.stdout:
+        reason = " ".join(done.stderr.decode(errors="replace").split()).rstrip(".")
+        raise DataError(
+            f"espeak-ng {' '.join(words)} failed: {reason or 'it says nothing'}; install it with "
+            "all its voices:  apt-get install --reinstall espeak-ng espeak-ng-data"
+        )
+    return done.stdout
 
 
 def _noise(rng: np.random.Generator) -> NDArray[np.float64]:
