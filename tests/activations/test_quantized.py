@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +16,10 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils._pytree import register_pytree_node
 
 from torchclust import cluster_, is_clustered, named_clusterings, restore_, strip_
+from torchclust.activations import rounding
 from torchclust.activations.quantized import (
     FirstCalls,
     activation_ranges,
@@ -26,7 +29,7 @@ from torchclust.activations.quantized import (
     quantized_modules,
     remove_quantized_activations_,
 )
-from torchclust.activations.record import _LOCAL
+from torchclust.activations.tracking import modes_at_work
 
 
 class Mixed(nn.Module):
@@ -470,7 +473,7 @@ def test_a_forward_that_fails_leaves_no_mode_behind(error: type[BaseException]) 
         model(images(0))
     handle.remove()
     assert torch.overrides._get_current_function_mode_stack() == []
-    assert _LOCAL.running == []
+    assert modes_at_work() == []
     fresh = mixed()
     with torch.no_grad():
         assert torch.equal(model.eval()(images(3)), fresh.eval()(images(3)))
@@ -558,6 +561,298 @@ def test_what_a_step_calls_from_outside_is_quantized_on_its_own_inputs() -> None
     ]  # fmt: skip
     hooks = [len(m._forward_pre_hooks) for m in (model, model.encoder, model.teacher)]
     assert hooks == [0, 0, 0]
+
+
+class Residual(nn.Module):
+    """A block as ResNets have it, with or without operators that work in place."""
+
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.relu, self.in_place = nn.ReLU(in_place), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.sub_(0.5) if self.in_place else x - 0.5
+        y = self.norm(self.conv(x))
+        z = y.tanh()
+        if self.in_place:
+            y += x
+        else:
+            y = y + x
+        return z + self.relu(y)
+
+
+def test_ranges_are_those_of_the_moment_whatever_works_in_place_later() -> None:
+    plain, in_place = Residual(in_place=False), Residual(in_place=True)
+    in_place.load_state_dict(plain.state_dict())
+    expected = activation_ranges(quantize_activations_(plain, images(0)))
+    x = images(0)
+    found = activation_ranges(quantize_activations_(in_place, x))
+    assert list(found.values()) == list(expected.values())
+    assert torch.equal(x, images(0))
+    wrapped = quantize_activations_(Wrapper(Wrapper(in_place)), x)
+    assert list(activation_ranges(wrapped).values()) == list(expected.values())
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(images(1)), in_place.eval()(images(1)))
+
+
+class ManyInputs(nn.Module):
+    """Inputs of ranges far apart, in whatever order they come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(
+        self, x: Tensor, y: Tensor | None = None, *, parts: dict[str, list[Tensor]]
+    ) -> tuple[Tensor, ...]:
+        own = () if y is None else (self.b(y),)
+        return (self.a(x), self.c(parts["left"][0]), parts["right"][0] + 1, *own)
+
+
+def test_an_input_has_the_range_of_its_parameter_in_whatever_order_it_is_given() -> None:
+    x, y, left, right = (scale * torch.rand(8, 4) for scale in (1, 10, 100, 1000))
+    parts, turned = ({key: [t] for key, t in d.items()} for d in (
+        {"left": left, "right": right}, {"right": right, "left": left},
+    ))  # fmt: skip
+    net = quantize_activations_(ManyInputs(), {"x": x, "y": y, "parts": parts}).eval()
+    for name, given in (
+        (":input", x),
+        (":input#1", y),
+        (":input['parts']['left'][0]", left),
+        (":input['parts']['right'][0]", right),
+    ):
+        assert activation_ranges(net)[name][1] == float(given.max())
+    expected = net(x, y, parts=parts)
+    compiled = torch.compile(net, backend="eager", fullgraph=True, dynamic=False)
+    for other in (
+        net(parts=turned, y=y, x=x),
+        net(x, parts=turned, y=y),
+        compiled(x, y, parts=turned),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(other, expected, strict=True))
+    without = net(parts=turned, x=x)
+    assert all(torch.equal(a, b) for a, b in zip(without, expected[:3], strict=True))
+
+
+class Pair:
+    """A type that torch takes apart without a word on what leads inside."""
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left, self.right = left, right
+
+
+def test_inputs_inside_a_type_of_the_user_s_are_counted() -> None:
+    class Sum(nn.Module):
+        def forward(self, pair: Pair) -> Tensor:
+            return pair.left + pair.right
+
+    register_pytree_node(Pair, lambda p: ([p.left, p.right], None), lambda x, _: Pair(*x))
+    net = quantize_activations_(Sum(), (Pair(torch.rand(8), torch.rand(8)),))  # type: ignore[arg-type]
+    assert list(activation_ranges(net)) == [":input[0]", ":input[1]", ":add"]
+
+
+def test_a_forward_that_was_replaced_is_refused_and_nothing_changes() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    state = quantize_activations_(copy.deepcopy(net), torch.rand(8, 4)).state_dict()
+    forward = net.forward
+    net.forward = lambda *args: forward(*args)  # type: ignore[method-assign]
+    before = attributes(net)
+    for attempt in (
+        lambda: quantize_activations_(net, torch.rand(8, 4)),
+        lambda: restore_(net, state),
+    ):
+        with pytest.raises(ValueError, match=r"its forward was replaced \(model.forward = ...\)"):
+            attempt()
+        assert attributes(net) == before
+    del net.forward
+    assert activation_ranges(quantize_activations_(net, torch.rand(8, 4)))
+
+
+def test_a_forward_may_be_replaced_later() -> None:
+    net = quantize_activations_(nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()), torch.rand(8, 4))
+    expected = net.eval()(torch.ones(2, 4))
+    forward = net.forward
+    net.forward = lambda *args: forward(*args)  # type: ignore[method-assign]
+    assert torch.equal(net(torch.ones(2, 4)), expected)
+    strip_(net)
+    assert torch.equal(net(torch.ones(2, 4)), net[1](net[0](torch.ones(2, 4))))
+
+
+def test_a_step_that_comes_by_way_of_forward_is_looked_into() -> None:
+    """As Lightning's DDP has it, which leaves the class's own forward on the object besides."""
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) * x  # type: ignore[no-any-return]
+
+        def step(self, x: Tensor) -> Tensor:
+            return self(x).square().mean()  # type: ignore[no-any-return]
+
+    def redirected(module: Module, x: Tensor) -> Tensor:
+        own = module.forward
+
+        def once(x: Tensor) -> Tensor:
+            module.forward = own  # type: ignore[method-assign]
+            return module.step(x)
+
+        module.forward = once  # type: ignore[method-assign]
+        return module(x)  # type: ignore[no-any-return]
+
+    module = Module()
+    watching = FirstCalls(module)
+    redirected(module, torch.rand(8, 4))
+    watching.stop()
+    assert list(activation_ranges(module)) == [":input", "net.1:relu", ":mul"]
+    redirected(module, torch.rand(8, 4))
+    assert module.get_buffer("activation_batches") == 2
+    quantize_activations_(module, torch.rand(8, 4))  # its own forward is not in the way
+    redirected(module, torch.rand(8, 4))
+    assert attributes(strip_(module)) == attributes(Module())
+
+
+class TwoNames(nn.Module):
+    """One network under two names, as backbones often are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        self.backbone = self.net
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x)
+        return y
+
+
+def test_a_module_of_two_names_is_restored_once() -> None:
+    model = quantize_activations_(TwoNames(), torch.rand(8, 4)).eval()
+    restored = restore_(TwoNames(), model.state_dict()).eval()
+    assert activation_ranges(restored) == activation_ranges(model)
+    assert torch.equal(restored(torch.ones(2, 4)), model(torch.ones(2, 4)))
+    ranges = restored.net.get_buffer("activation_ranges")
+    restore_(restored, model.state_dict())
+    assert restored.net.get_buffer("activation_ranges") is ranges
+    assert attributes(strip_(restored)) == attributes(TwoNames())
+
+
+def test_an_empty_batch_moves_no_range_but_waits_for_other_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = quantize_activations_(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.rand(8, 4))
+    before = activation_ranges(model)
+    met: list[Tensor] = []
+    monkeypatch.setattr(rounding, "average_over_ranks", met.append)
+    assert model.train()(torch.rand(0, 4)).shape == (0, 4)
+    assert activation_ranges(model) == before
+    assert len(met) == 1
+    model.eval()(torch.rand(0, 4))
+    assert len(met) == 1
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [torch.rand(0, 4), torch.full((8, 4), torch.nan), torch.tensor([[torch.inf, 0, 0, 0]])],
+    ids=["empty", "nan", "inf"],
+)
+def test_inputs_that_give_no_range_are_refused_and_nothing_changes(bad: Tensor) -> None:
+    net = quantize_activations_(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.rand(8, 4))
+    before = activation_ranges(net)
+    with pytest.raises(ValueError, match=r"':input' is empty, or holds NaN or infinity. Pass inpu"):
+        quantize_activations_(net, bad)
+    assert activation_ranges(net) == before
+
+
+def test_one_bad_value_among_those_that_share_a_scale_is_enough() -> None:
+    class Joined(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return torch.cat([x, y])
+
+    good, bad = torch.rand(8), torch.tensor([torch.nan])
+    for inputs in ((good, bad), (bad, good)):
+        with pytest.raises(ValueError, match="is empty, or holds NaN or infinity"):
+            quantize_activations_(Joined(), inputs)
+
+
+def test_it_is_pickled_with_its_ranges() -> None:
+    model = mixed(clusters=None)
+    train(model, range(2))
+    twin = pickle.loads(pickle.dumps(model))
+    assert type(twin).__name__ == "Mixed"
+    assert isinstance(twin, Mixed)
+    assert same_state(model, twin)
+    train(model, range(2, 4))
+    train(twin, range(2, 4))
+    assert same_state(model, twin)
+    assert attributes(strip_(twin)) == attributes(Mixed())
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 4))
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.body(x))
+        return y
+
+
+def test_what_is_done_to_a_part_leaves_the_whole_as_it_was() -> None:
+    torch.manual_seed(0)
+    model, x = Nested().eval(), torch.randn(64, 4)
+    quantize_activations_(model, x)
+    expected = model(x)
+    with pytest.raises(RuntimeError):
+        quantize_activations_(model.body, torch.rand(8, 3))
+    assert torch.equal(model(x), expected)
+    quantize_activations_(model.body, x)
+    assert [path for path, _ in quantized_modules(model)] == ["", "body"]
+    remove_quantized_activations_(model.body)
+    assert torch.equal(model(x), expected)
+    assert attributes(strip_(model)) == attributes(Nested())
+
+
+def test_networks_that_share_a_part_round_each_for_itself() -> None:
+    part = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    nets = [nn.Sequential(part, nn.Linear(4, 2)).eval() for _ in range(2)]
+    x = torch.randn(64, 4)
+    expected = quantize_activations_(copy.deepcopy(nets[1]), x)(x)
+    for net in nets:
+        quantize_activations_(net, x)
+    assert torch.equal(nets[1](x), expected)
+    remove_quantized_activations_(nets[0])
+    assert torch.equal(nets[1](x), expected)
+    remove_quantized_activations_(nets[1])
+    assert not part[0]._forward_pre_hooks
+
+
+def test_steps_beyond_those_of_the_example_are_told_of(recwarn: pytest.WarningsRecorder) -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.GRUCell(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.zeros(len(x), 4)
+            for step in x.unbind(1):
+                h = self.cell(step, h)
+            return h
+
+    net = quantize_activations_(Steps(), torch.rand(8, 3, 4))
+    for model in (net, restore_(Steps(), net.state_dict())):
+        model(torch.rand(8, 3, 4))
+        model(torch.rand(8, 2, 4))
+        assert not recwarn.list
+        with pytest.warns(
+            UserWarning, match="'cell' runs more often than with the example inputs"
+        ) as w:
+            model(torch.rand(8, 4, 4))
+        assert w[0].filename == __file__
+        torch.compile(model, backend="eager", fullgraph=True, dynamic=False)(torch.rand(8, 4, 4))
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -141,6 +141,43 @@ def test_a_pooling_is_rounded_where_the_file_rounds_it(
     assert ("MEAN" in result.operators) == (kernel == 6)
 
 
+class InPlace(nn.Module):
+    """A residual block, and before it what works in place on its own inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
+        self.block = InPlaceBlock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(self.first(x))
+        return y
+
+
+class InPlaceBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(x.sub_(0.1))
+        y = self.norm(self.conv(x))
+        y += x
+        y = self.relu(y)
+        return y
+
+
+def test_what_works_in_place_hides_no_learned_range(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = InPlace().eval(), torch.randn(8, 3, 8, 8)
+    with torch.no_grad():
+        quantize_activations_(model.first, x)
+        quantize_activations_(model.block, model.first(x))
+    result = to_tflite(model, x, tmp_path / "m.tflite", calibration=[x])
+    assert result.calibrated == ()
+
+
 class Whole(nn.Module):
     """Two networks, quantized apart as a training step would, exported as one."""
 

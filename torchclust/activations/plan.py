@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchclust.activations.record import Call, Record, output_keys, tensors_in
@@ -58,25 +59,42 @@ class Group:
     fixed: tuple[float, float] | None = None
 
 
-def plan(record: Record) -> tuple[Group, ...]:
-    """The tensors that the int8 graph stores, grouped by common scale, in order of first use."""
+@dataclass(frozen=True)
+class Plan:
+    """What is rounded, and how far that goes.
+
+    Attributes:
+        groups: the tensors that the int8 graph stores, by common scale, in order of first use.
+        uses: how often a module ran with the example inputs, where more than once. What it computes
+            beyond is in no group.
+    """
+
+    groups: tuple[Group, ...]
+    uses: Mapping[str, int]
+
+    def encoded(self) -> Tensor:
+        """The plan for the state dict: JSON, a byte each."""
+        groups = [[g.quantized, g.carried, g.fixed] for g in self.groups]
+        text = json.dumps({"groups": groups, "uses": self.uses})
+        return torch.tensor(list(text.encode("ascii")), dtype=torch.uint8)
+
+    @classmethod
+    def decoded(cls, encoded: Tensor) -> Plan:
+        """The plan again."""
+        read = json.loads(bytes(encoded.tolist()).decode("ascii"))
+        groups = (
+            Group(tuple(quantized), tuple(carried), None if fixed is None else (fixed[0], fixed[1]))
+            for quantized, carried, fixed in read["groups"]
+        )
+        return cls(tuple(groups), read["uses"])
+
+
+def plan(record: Record) -> Plan:
+    """What of a recorded forward is to be rounded."""
     tensors = _Tensors(record)
     for call in record.calls:
         tensors.place(call)
-    return tensors.groups()
-
-
-def to_json(groups: Iterable[Group]) -> str:
-    """A plan as text, for the state dict."""
-    return json.dumps([[g.quantized, g.carried, g.fixed] for g in groups])
-
-
-def from_json(text: str) -> tuple[Group, ...]:
-    """The plan again."""
-    return tuple(
-        Group(tuple(quantized), tuple(carried), None if fixed is None else (fixed[0], fixed[1]))
-        for quantized, carried, fixed in json.loads(text)
-    )
+    return Plan(tensors.groups(), {path: n for path, n in record.uses.items() if n > 1})
 
 
 @dataclass

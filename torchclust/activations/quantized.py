@@ -7,7 +7,8 @@ quantization-aware training of TFMOT (CQAT; with ``preserve_sparsity``, PCQAT). 
 live, biases and weights that are not clustered stay in float.
 
 **Mechanism.** The forward runs under a `TorchFunctionMode`: functional calls and modules alike are
-seen, control flow stays the user's, and `torch.compile`, `torch.export`, DDP and deep copies work.
+seen, control flow stays the user's, and `torch.compile`, `torch.export`, DDP, deep copies and
+pickling work (the last not with clusterings: torch pickles no module with a parametrization).
 Nothing of `torch.ao.quantization` is used: its eager mode rounds modules' outputs only (no
 ``x + y``, and a convolution before its BatchNorm), its graph modes replace the model by a trace,
 and all of it is deprecated. Which outputs to round is found once, by running the model on example
@@ -31,38 +32,37 @@ as for clusterings. `strip_` removes everything. Checkpointed segments
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from torchclust.activations.plan import Group, from_json, plan, to_json
-from torchclust.activations.record import (
-    INPUT,
-    Record,
-    record,
-    tensors_in,
-    track_,
-    untrack_,
+from torchclust.activations.arguments import INPUT
+from torchclust.activations.forward import (
+    BUFFERS,
+    attach_,
+    detach_,
+    is_replaced,
+    plan_of,
+    refuse_replaced,
+    rounding_modules,
 )
+from torchclust.activations.plan import Group, Plan, plan
+from torchclust.activations.record import Record, record, tensors_in
 from torchclust.activations.rounding import (
-    BATCHES,
-    GROUPS,
     PLAN,
     RANGES,
     Range,
-    Rounding,
     average_over_ranks,
-    range_of,
+    ends_of,
+    widest,
 )
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-
-_MARK = "_rounds_activations"
 
 
 def quantize_activations_(model: ModuleT, example_inputs: Inputs) -> ModuleT:
@@ -79,10 +79,15 @@ def quantize_activations_(model: ModuleT, example_inputs: Inputs) -> ModuleT:
             name. The ranges start at what these give, so take real data, not noise.
 
     Returns:
-        The same object.
+        The same object. An error leaves it as it was, and the inputs are never changed.
 
     Raises:
-        ValueError: nothing in the forward derives from the inputs.
+        ValueError: nothing in the forward derives from the inputs; a value in it is empty, NaN or
+            infinite; the module's ``forward`` was replaced, as some tools do, and calls past ours.
+
+    Warns:
+        UserWarning: from a later forward in which a module runs more often than here, as a cell
+            does on longer sequences: what it computes then stays in float.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
@@ -100,33 +105,28 @@ def quantize_activations_(model: ModuleT, example_inputs: Inputs) -> ModuleT:
 
 def quantize_call_(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """`quantize_activations_` for a call ``model(*args, **kwargs)``."""
-    remove_quantized_activations_(model)
-    recorded = record(model, args, kwargs)
-    inner = _only_child(recorded)
-    if inner is not None:
-        quantize_call_(*inner)
-        return
-    groups = plan(recorded)
-    if not groups or all(call.operator == INPUT for call in recorded.calls):
+    root, recorded = model, record(model, args, kwargs, ends_of)
+    while (child := _only_child(recorded)) is not None:
+        root, args, kwargs = child
+        recorded = record(root, args, kwargs, ends_of)
+    refuse_replaced([root])
+    found = plan(recorded)
+    if not found.groups or all(call.operator == INPUT for call in recorded.calls):
         raise ValueError(
-            f"cannot quantize activations of {type(model).__name__}: its forward computes nothing "
+            f"cannot quantize activations of {type(root).__name__}: its forward computes nothing "
             f"from the example inputs. Pass inputs as forward takes them:  "
             f"quantize_activations_(model, (x, y)), or a dict by argument name"
         )
-    values = recorded.values()
-    ranges = [range_of([values[key] for key in g.quantized], g.fixed) for g in groups]
     device = next((t.device for t in tensors_in((args, kwargs))), None)
-    _attach(model, groups, torch.tensor(ranges, device=device), torch.tensor(1, device=device))
+    ranges = torch.tensor(_first_ranges(root, found, recorded), device=device)
+    remove_quantized_activations_(model)
+    attach_(root, found, ranges, torch.tensor(1, device=device))
 
 
 def remove_quantized_activations_(model: ModuleT) -> ModuleT:
     """Undo `quantize_activations_`: the class, buffers and hooks as they were. Idempotent."""
     for _, root in list(quantized_modules(model)):
-        untrack_(root)
-        for name in (RANGES, PLAN, BATCHES):
-            del root._buffers[name]
-        delattr(root, GROUPS)
-        _restore_class(root)
+        detach_(root)
     return model
 
 
@@ -134,8 +134,9 @@ def activation_ranges(model: nn.Module) -> dict[str, Range]:
     """The present range of every tensor that is rounded, by name; empty if none is.
 
     A name tells where the tensor comes up: the module's path, the operator, and ``#n`` from the
-    second use on, as in ``layer1.0.relu#1:relu``. Ranges are those of scale and zero point, so
-    they contain 0.
+    second use on, as in ``layer1.0.relu#1:relu``. Inputs are counted by forward's parameters, those
+    in a list or dict have their place there: ``:input``, ``:input#1['mask']``. Ranges are those of
+    scale and zero point, so they contain 0.
 
     Example:
         >>> activation_ranges(quantize_activations_(torch.nn.ReLU(), torch.tensor([-1.0, 2.0])))
@@ -152,24 +153,18 @@ def activation_ranges(model: nn.Module) -> dict[str, Range]:
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules within a model whose forward rounds activations, with their paths."""
-    for path, module in model.named_modules():
-        if hasattr(type(module), _MARK):
-            yield path, module
+    return rounding_modules(model)
 
 
 def rounding_buffers(model: nn.Module) -> set[str]:
     """What `quantize_activations_` added to the state dict, by name; `strip_` takes it away."""
-    return {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules(remove_duplicate=False)
-        if hasattr(type(module), _MARK)
-        for name in (RANGES, PLAN, BATCHES)
-    }
+    found = rounding_modules(model, every_name=True)
+    return {f"{path}.{name}" if path else name for path, _ in found for name in BUFFERS}
 
 
 def groups_of(root: nn.Module) -> tuple[Group, ...]:
-    """A quantized module's plan."""
-    return _decoded(root.get_buffer(PLAN))
+    """A quantized module's groups of tensors with one range."""
+    return plan_of(root).groups
 
 
 def ranges_of(root: nn.Module) -> list[Range]:
@@ -182,27 +177,29 @@ def match_quantized_(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Make the model round activations exactly where a state dict's does; values come by loading.
 
     Raises:
-        ValueError: the state dict names a module that the model lacks.
+        ValueError: the state dict names a module that the model lacks, or whose forward was
+            replaced.
     """
-    paths = {key: _path(key) for key in state}
-    saved = {path: state[key] for key, path in paths.items() if path is not None}
-    present = {path: root.get_buffer(PLAN).cpu() for path, root in quantized_modules(model)}
-    if present.keys() == saved.keys() and all(
-        torch.equal(present[path], encoded.cpu()) for path, encoded in saved.items()
-    ):
-        return
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    saved = [path for path in map(_path, state) if path is not None]
     for path in saved:
         if path not in modules:
             raise ValueError(
                 f"the state dict has activation ranges of {path!r}, this model has no such module: "
                 f"restore_ needs the architecture that was saved"
             )
+    # A module of several names is saved under each.
+    prefixes = {modules[path]: f"{path}." if path else "" for path in saved}
+    present = {root: root.get_buffer(PLAN).cpu() for _, root in quantized_modules(model)}
+    if present.keys() == prefixes.keys() and all(
+        torch.equal(present[root], state[prefix + PLAN].cpu()) for root, prefix in prefixes.items()
+    ):
+        return
+    refuse_replaced(list(prefixes))
     remove_quantized_activations_(model)
-    for path, encoded in saved.items():
-        prefix = f"{path}." if path else ""
-        ranges, batches = (state[prefix + name].detach().clone() for name in (RANGES, BATCHES))
-        _attach(modules[path], _decoded(encoded), ranges, batches)
+    for root, prefix in prefixes.items():
+        ranges, encoded, batches = (state[prefix + name].detach().clone() for name in BUFFERS)
+        attach_(root, Plan.decoded(encoded), ranges, batches)
 
 
 @contextmanager
@@ -211,7 +208,7 @@ def kept_quantized(model: nn.Module) -> Iterator[None]:
     buffers = {
         f"{path}.{name}" if path else name: root.get_buffer(name)
         for path, root in quantized_modules(model)
-        for name in (RANGES, PLAN, BATCHES)
+        for name in BUFFERS
     }
     yield
     match_quantized_(model, buffers)
@@ -226,7 +223,7 @@ class FirstCalls:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._seen: set[int] = set()
+        self._model, self._seen = model, set[int]()
         self._handles = [
             module.register_forward_pre_hook(self._called, with_kwargs=True)
             for module in model.modules()
@@ -239,6 +236,8 @@ class FirstCalls:
             handle.remove()
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is self._model and is_replaced(module):  # Lightning's DDP: by its training_step
+            return
         inside = {id(m) for m in module.modules()}
         if not inside & self._seen:
             self._seen |= inside
@@ -247,42 +246,19 @@ class FirstCalls:
                 average_over_ranks(root.get_buffer(RANGES))
 
 
-def _attach(root: nn.Module, groups: Sequence[Group], ranges: Tensor, batches: Tensor) -> None:
-    """Make a module's forward round, by a class of its own as `torch.nn.utils.parametrize` does."""
-    encoded = torch.tensor(list(to_json(groups).encode("ascii")), dtype=torch.uint8)
-    root.register_buffer(RANGES, ranges)
-    root.register_buffer(PLAN, encoded.to(ranges.device))
-    root.register_buffer(BATCHES, batches)
-    found = {key: (i, g.fixed is None) for i, g in enumerate(groups) for key in g.quantized}
-    setattr(root, GROUPS, found)
-    track_(root)
-    base: Any = type(root)
-
-    @functools.wraps(base.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        rounding = Rounding(self)
-        args, kwargs = rounding.inputs((args, kwargs))
-        with rounding:
-            output = base.forward(self, *args, **kwargs)
-        rounding.follow()
-        return output
-
-    namespace = {"forward": forward, _MARK: True, "__module__": base.__module__}
-    root.__class__ = type(base.__name__, (base,), namespace)
-
-
-def _restore_class(root: nn.Module) -> None:
-    """Take our class out from under those that parametrizations put on top since."""
-    above: list[type] = []
-    cls = type(root)
-    while _MARK not in vars(cls):
-        above.append(cls)
-        cls = cls.__bases__[0]
-    restored = cls.__bases__[0]
-    for other in reversed(above):
-        namespace = {k: v for k, v in vars(other).items() if k not in ("__dict__", "__weakref__")}
-        restored = type(other.__name__, (restored,), namespace)
-    root.__class__ = restored
+def _first_ranges(root: nn.Module, found: Plan, recorded: Record) -> list[Range]:
+    """What each group spans with the example inputs, or what its kernel prescribes."""
+    ranges = []
+    for group in found.groups:
+        range_ = group.fixed or widest(recorded.values[key] for key in group.quantized)
+        if not all(map(isfinite, range_)):
+            raise ValueError(
+                f"cannot quantize activations of {type(root).__name__}: with the example inputs "
+                f"{group.quantized[0]!r} is empty, or holds NaN or infinity. Pass inputs that give "
+                f"finite values, for ranges start at them"
+            )
+        ranges.append(range_)
+    return ranges
 
 
 def _only_child(recorded: Record) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None:
@@ -293,10 +269,6 @@ def _only_child(recorded: Record) -> tuple[nn.Module, tuple[Any, ...], dict[str,
     child = recorded.children[0]
     layers = [name for name, _ in child[0].named_children() if name != "parametrizations"]
     return child if layers else None
-
-
-def _decoded(encoded: Tensor) -> tuple[Group, ...]:
-    return from_json(bytes(encoded.tolist()).decode("ascii"))
 
 
 def _path(key: str) -> str | None:

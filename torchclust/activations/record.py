@@ -4,27 +4,23 @@ A call is named by where it happens: the module that is running, the operator, a
 came before, as in ``layer1.0.relu#1:relu``. So one ReLU used twice has two names, a branch that
 runs in training only does not rename what happens elsewhere, and the name is the same for the
 clustered model and for its stripped copy.
-
-Names come from a `TorchFunctionMode`, which sees functional calls (``x + y``, ``torch.cat``,
-``F.relu``) and modules alike and works inside `torch.compile`; hooks tell it which module is
-running.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-INPUT = "input"
+from torchclust.activations.arguments import INPUT, map_inputs, places
+from torchclust.activations.tracking import Locating, modes_at_work, numbered, tracked
+
 _UNCHANGED = (
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
     *("contiguous", "clone", "detach", "to", "float", "type", "type_as", "requires_grad"),
@@ -62,93 +58,55 @@ class Record:
 
     Attributes:
         calls: in order.
+        values: what was observed of every floating-point tensor, by the name of its call; ``[i]``
+            where that made several.
         results: numbers of the values that the model returned.
         children: the modules that the model called itself, each with its arguments.
+        uses: how often each module ran.
     """
 
     calls: list[Call] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
     results: tuple[int, ...] = ()
     children: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-
-    def values(self) -> dict[str, Tensor]:
-        """Every floating-point tensor, by the name of its call; ``[i]`` where it made several."""
-        found = {}
-        for call in self.calls:
-            tensors = [t for t in tree_leaves(call.result) if isinstance(t, Tensor)]
-            for key, tensor in zip(output_keys(call.key, len(tensors)), tensors, strict=True):
-                if tensor.is_floating_point():
-                    found[key] = tensor
-        return found
+    uses: Mapping[str, int] = field(default_factory=dict)
 
 
-class Locating(TorchFunctionMode):
-    """A mode that knows which module is running, as far as `track_` made the modules tell."""
+def record(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    observe: Callable[[Tensor], Any],
+) -> Record:
+    """Run a model once in eval mode and record it; mode, random state and inputs stay as they were.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.frames = [""]
-        self._times: Counter[str] = Counter()
-
-    def enter(
-        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """A module's forward begins."""
-        self.frames.append(numbered(path, self._times))
-
-    def leave(self) -> None:
-        """It ends."""
-        self.frames.pop()
-
-    def __enter__(self) -> Any:
-        _LOCAL.running.append(self)
-        return super().__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        _LOCAL.running.pop()
-
-
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Record:
-    """Run a model once in eval mode and record it; mode and random state are put back."""
+    Args:
+        model: any module.
+        args, kwargs: what it is called with.
+        observe: what is to be known of a tensor. It is asked as soon as the tensor is computed:
+            later an operator may have changed it in place.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    recording = _Recording()
+    recording = _Recording(observe)
     try:
         model.eval()
-        with torch.random.fork_rng(_cuda_devices(model)), torch.no_grad(), _tracked(model):
-            recording.start(args, kwargs)
+        with (
+            torch.random.fork_rng(_cuda_devices(model)),
+            torch.no_grad(),
+            tracked(model, recording),
+        ):
+            own_args, own_kwargs = recording.start(places(model.forward), args, kwargs)
             with _uncompiled(model), recording:
-                output = model(*args, **kwargs)
+                output = model(*own_args, **own_kwargs)
     finally:
         for module, training in modes:
             module.training = training
     return recording.finish(output)
 
 
-def track_(model: nn.Module) -> None:
-    """Make every module inside a model tell the running mode when its forward begins and ends."""
-    for path, module in model.named_modules():
-        if path:
-            # First of all hooks: torch.nn.utils.prune computes its weight in one.
-            module.register_forward_pre_hook(_Entering(path), prepend=True, with_kwargs=True)
-            module.register_forward_hook(_Leaving())
-
-
-def untrack_(model: nn.Module) -> None:
-    """Undo `track_`."""
-    for module in model.modules():
-        for number, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Entering):
-                del module._forward_pre_hooks[number]
-                module._forward_pre_hooks_with_kwargs.pop(number, None)
-        for number, after in list(module._forward_hooks.items()):
-            if isinstance(after, _Leaving):
-                del module._forward_hooks[number]
-
-
-def numbered(name: str, times: Counter[str]) -> str:
-    """The name, with ``#n`` from its second use on."""
-    times[name] += 1
-    return name if times[name] == 1 else f"{name}#{times[name] - 1}"
+def is_recording() -> bool:
+    """Whether a forward is being recorded in this thread."""
+    return any(isinstance(mode, _Recording) for mode in modes_at_work())
 
 
 def operator_name(function: Any) -> str:
@@ -167,19 +125,28 @@ class _Recording(Locating):
     Tensors are known by identity, so every one is kept alive until the end.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._record = Record()
+    def __init__(self, observe: Callable[[Tensor], Any]) -> None:
+        super().__init__(owner=self)
+        self._observe = observe
+        self._record = Record(uses=self.times)
+        self._given: dict[int, Tensor] = {}
         self._numbers: dict[int, int] = {}
         self._alive: list[Any] = []
         self._made = 0
         self._calls: Counter[str] = Counter()
 
-    def start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take the model's inputs for the first values."""
-        for tensor in tensors_in((args, kwargs)):
-            key = numbered(f":{INPUT}", self._calls)
-            self._add(Call(key, INPUT, (), self._number(tensor), (), (), {}, tensor))
+    def start(
+        self, where: Mapping[str, int], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Take the model's inputs for the first values, and return copies to call it with."""
+
+        def first(name: str, tensor: Tensor) -> Tensor:
+            copied = tensor.clone()
+            self._given[id(copied)] = tensor
+            self._add(Call(name, INPUT, (), self._number(copied), (), (), {}, copied))
+            return copied
+
+        return map_inputs(first, where, args, kwargs)
 
     def finish(self, output: Any) -> Record:
         """The record, once the model has returned."""
@@ -192,7 +159,9 @@ class _Recording(Locating):
     ) -> None:
         """Note the modules that the model itself calls."""
         if len(self.frames) == 1:
-            self._record.children.append((module, args, kwargs))
+            # As they were given: the module may change its own in place.
+            own = tree_map_only(Tensor, lambda x: self._given.get(id(x), x), (args, kwargs))
+            self._record.children.append((module, *own))
         super().enter(path, module, args, kwargs)
 
     def __torch_function__(
@@ -220,6 +189,10 @@ class _Recording(Locating):
     def _add(self, call: Call) -> None:
         self._record.calls.append(call)
         self._alive.append((call.args, call.kwargs, call.result))
+        made = tensors_in(call.result)
+        for key, tensor in zip(output_keys(call.key, len(made)), made, strict=True):
+            if tensor.is_floating_point():
+                self._record.values[key] = self._observe(tensor)
 
     def _number(self, tensor: Tensor) -> tuple[int, ...]:
         """A new number for a tensor; one that was changed in place is a new value."""
@@ -231,35 +204,6 @@ class _Recording(Locating):
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists and dicts."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-class _Local(threading.local):
-    """The modes at work in this thread, innermost last; DataParallel runs a replica per thread."""
-
-    def __init__(self) -> None:
-        self.running: list[Locating] = []
-
-
-_LOCAL = _Local()
-
-
-class _Entering:
-    """Forward pre-hook of the module at ``path``."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _LOCAL.running:
-            _LOCAL.running[-1].enter(self.path, module, args, kwargs)
-
-
-class _Leaving:
-    """Forward hook, the other end of `_Entering`."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if _LOCAL.running:
-            _LOCAL.running[-1].leave()
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:
@@ -274,12 +218,3 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
             yield
     else:
         yield
-
-
-@contextmanager
-def _tracked(model: nn.Module) -> Iterator[None]:
-    track_(model)
-    try:
-        yield
-    finally:
-        untrack_(model)

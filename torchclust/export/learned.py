@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from torchclust.activations.quantized import groups_of, quantized_modules, ranges_of
 from torchclust.activations.record import record
@@ -108,7 +109,7 @@ def _values(
     for path, root in quantized_modules(model):
         plain = prepared.original.get_submodule(path)
         for args, kwargs in _calls(plain, prepared, sample):
-            values = record(plain, args, kwargs).values()
+            values = record(plain, args, kwargs, Tensor.clone).values
             for group, range_ in zip(groups_of(root), ranges_of(root), strict=True):
                 for key in (*group.quantized, *group.carried):
                     if key in values:
@@ -121,7 +122,8 @@ def _calls(
     """What a module of the plain copy is called with when the copy runs on a sample."""
     found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = module.register_forward_pre_hook(
-        lambda _, args, kwargs: found.append((args, kwargs)), with_kwargs=True
+        lambda _, args, kwargs: found.append(tree_map_only(Tensor, Tensor.clone, (args, kwargs))),
+        with_kwargs=True,
     )
     try:
         with torch.no_grad():
