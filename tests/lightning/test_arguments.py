@@ -74,10 +74,23 @@ def test_pattern_to_freeze_of_a_clustered_model() -> None:
         trainer(WeightClustering(freeze="stem.*")).fit(module, Batches())
 
 
-def test_option_that_does_not_exist() -> None:
-    callback = WeightClustering(4, asignment="nearest")  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match=r"unknown option 'asignment'.*did you mean 'assignment'"):
-        trainer(callback).fit(Net(), Batches())
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("lr_scal", r"did you mean 'lr_scale'\?"),
+        ("asignment", r"did you mean 'assignment'\?"),
+        ("qqq", "valid: rules, lr_scale, .*, codebook_dtype, "),
+    ],
+)
+def test_option_that_does_not_exist(name: str, hint: str) -> None:
+    match = rf"unknown option '{name}' in WeightClustering\(\.\.\., {name}\); {hint}"
+    with pytest.raises(TypeError, match=match):
+        WeightClustering(4, **{name: 0.1})
+
+
+def test_number_of_clusters_as_an_option_has_its_place_named() -> None:
+    with pytest.raises(TypeError, match="n_clusters is the second argument"):
+        trainer(WeightClustering(n_clusters=4)).fit(Net(), Batches())  # type: ignore[call-arg]
 
 
 def test_epoch_that_is_never_reached() -> None:

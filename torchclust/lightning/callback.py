@@ -26,7 +26,7 @@ from torchclust.lightning.distributed import keep_indices_local_
 from torchclust.lightning.freezing import Freezer
 from torchclust.lightning.monitor import announcement, assignments, measure, write_histograms
 from torchclust.lightning.optimizers import of_plain_model_
-from torchclust.lightning.options import DEFAULT, Options, leaving_out
+from torchclust.lightning.options import DEFAULT, Options, check_names, leaving_out
 from torchclust.lightning.preconditions import (
     builds_late,
     check_arguments,
@@ -126,6 +126,7 @@ class WeightClustering(Callback):
         quantize_activations: bool = False,
         **options: Unpack[Options],
     ) -> None:
+        check_names(WeightClustering, options)
         check_arguments(lr_scale, start_epoch, strip=strip, save_stripped=save_stripped)
         self.rules = rules
         self.lr_scale = lr_scale

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -36,6 +38,21 @@ class Unsaid(int):
 
 
 DEFAULT = Unsaid(16)
+
+
+def check_names(callback: Callable[..., Any], options: Iterable[str]) -> None:
+    """Refuse an option that neither the callback nor `cluster_` has: the name says whose it was.
+
+    Raises:
+        TypeError: names the option that was meant.
+    """
+    own = [name for name in inspect.signature(callback).parameters if name != "options"]
+    valid = [*own, *Options.__annotations__]
+    for name in options:
+        if name not in valid and name != "n_clusters":  # of which the rules say where it goes
+            close = difflib.get_close_matches(name, valid, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"
+            raise TypeError(f"unknown option {name!r} in WeightClustering(..., {name}); {hint}")
 
 
 def of_rules(options: Options) -> dict[str, Any]:
