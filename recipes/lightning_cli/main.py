@@ -1,6 +1,6 @@
 """A digit classifier, trained, clustered and stripped as one YAML file says, by LightningCLI.
 
-    pip install "torchclust[recipes]" "jsonargparse[signatures]"
+    pip install ".[recipes]" "jsonargparse[signatures]"
     python recipes/lightning_cli/main.py fit --config recipes/lightning_cli/digits.yaml
 
 Any argument can be changed on the command line (``--trainer.max_epochs=4``; of the last callback in
