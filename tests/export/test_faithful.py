@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from torchclust import cluster_
+from torchclust import ClusterConfig, cluster_, named_clusterings
 from torchclust.export import ExportError, backends, micro_agreement, to_tflite
 from torchclust.export.graph import Graph
 from torchclust.export.rewrites import rules
@@ -195,10 +196,16 @@ def test_tflite_micro_reads_tables_of_embeddings(clusters: int | None, tmp_path:
 def test_tables_that_tflite_micro_misreads_warn(tmp_path: Path) -> None:
     words = torch.randint(0, 50, (16, 6))
     model = cluster_(Words(), 8, codebook_dtype="int8")
-    with pytest.warns(UserWarning, match=r"tflite-micro answers otherwise than LiteRT .*\bfloat"):
+    with pytest.warns(UserWarning, match=r"tflite-micro answers otherwise .*\bfloat") as warned:
         result = to_tflite(model, words, tmp_path / "a", calibration=[words])
     assert result.micro_difference is not None
     assert result.micro_difference > 2
+    (advised,) = re.findall(r"cluster_\(model, (.*)\)", str(warned[0].message))
+    rules = eval(advised, {"ClusterConfig": ClusterConfig})
+    model = cluster_(Words(), rules)
+    dtypes = {name: c.config.codebook_dtype for name, c in named_clusterings(model)}
+    assert dtypes == {"0.weight": "float32", "2.weight": "int8"}
+    assert to_tflite(model, words, tmp_path / "b", calibration=[words]).micro_difference == 0
 
 
 def test_operators_that_tflite_micro_rounds_otherwise_are_named(

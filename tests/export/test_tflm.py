@@ -140,6 +140,19 @@ def test_smaller_and_equal_to_the_bit(
     assert "bits" in str(report)
 
 
+def test_more_inputs_of_a_concatenation_than_tflite_micro_takes(tmp_path: Path) -> None:
+    """As the outputs of a recurrent layer's steps are: what to do stands behind its words."""
+
+    class Steps(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([torch.relu(x - 0.1 * step) for step in range(11)], 1)
+
+    images = torch.randn(4, 2, 8, 8)
+    to_tflite(Steps(), images[:1], tmp_path / "m.tflite", calibration=[images])
+    with pytest.raises(ExportError, match=r"kMaxInputNum .* takes ten inputs at most: .* h_n,"):
+        Micro((tmp_path / "m.tflite").read_bytes())
+
+
 def test_arenas_are_the_least_that_work(files: Callable, tmp_path: Path) -> None:
     report = tflm(files(8), tmp_path / "tables.tflite")
     for path, arena in ((files(8), report.arena_before), (report.path, report.arena_after)):

@@ -81,7 +81,8 @@ def _warn(graph: Graph, index: int, difference: int) -> None:
     if "EMBEDDING_LOOKUP" in kinds:
         remedy = (
             "It reads one scale for a table of embeddings, and int8 codebooks have one per row: "
-            'give the table a float codebook,  cluster_(model, {"*": 16, "Embedding": 16})'
+            'give the table a float codebook,  cluster_(model, {"*": ClusterConfig(16, '
+            'codebook_dtype="int8"), "Embedding": ClusterConfig(16)})'
         )
     warnings.warn(
         f"tflite-micro answers otherwise than LiteRT from tensor {graph.tensors[index].name!r} on, "

@@ -57,6 +57,11 @@ PAD PADV2 QUANTIZE REDUCE_MAX RELU RELU6 RESHAPE RESIZE_NEAREST_NEIGHBOR RSQRT S
 SQUARED_DIFFERENCE STRIDED_SLICE SUB TANH TFLM_DECODE TRANSPOSE TRANSPOSE_CONV
 """
 _QUANTIZED = ("int8", "uint8", "int16")
+# Its words -> what to do, where that is known. Recurrent layers come with their steps one by one.
+_REMEDIES = {
+    "kMaxInputNum": ". A CONCATENATION takes ten inputs at most: of a recurrent layer return the "
+    "last state, h_n, in the place of all outputs, or export one step (docs/microcontrollers.md)",
+}
 
 
 class Micro:
@@ -84,7 +89,8 @@ class Micro:
                 self._interpreter = runtime.Interpreter.from_bytes(content, arena_size=arena)
             except RuntimeError as error:
                 words = " ".join(said().split()) or str(error)
-                raise ExportError(f"tflite-micro cannot run this file: {words}") from error
+                remedy = next((r for known, r in _REMEDIES.items() if known in words), "")
+                raise ExportError(f"tflite-micro cannot run this file: {words}{remedy}") from error
 
     def __call__(self, inputs: Sequence[Array]) -> list[Array]:
         """Run once."""
