@@ -45,11 +45,17 @@ torchclust sweep recipes/mnist_cnn.yaml --set cluster.n_clusters=4,8,16,32
 
 `check` reads the recipe and the data and shows what would be clustered; nothing is trained or
 written. `--set` overrides any key, may be repeated, and takes YAML: `--set prune=null` leaves a
-stage out, `--set data=fashion_mnist` changes a name and keeps the section's other keys. A run that
-was interrupted goes on with `--resume`; stages are kept by what they depend on, so a sweep trains
-once: the recipe's sections, the checkpoint, versions, and your own modules that its targets import.
-What is in the folders of your data is not looked at: after other data, name another `--output`. A
-`report.json` of an earlier run is a recipe too.
+stage out, a key's `null` is its default, `--set data=fashion_mnist` changes a name and keeps the
+section's other keys.
+
+A run that was interrupted goes on with `--resume`: stages that were done are kept, and the one that
+was interrupted starts anew. They are kept by what they depend on, so a sweep trains once: the
+recipe's sections, the checkpoint, versions, and your own modules that its targets import. What is
+in the folders of your data is not looked at: after other data, name another `--output`.
+
+Relative paths, those in a recipe too (`checkpoint`, `root`, `vela.config`), begin in the folder
+where the command runs; targets are looked for beside the recipe, then there. The `report.json`,
+`recipe.yaml` and `chosen.yaml` of a run are recipes too, and find their targets from any folder.
 
 A run writes into its folder: `report.md` for people and `report.json` for scripts, `report.png`,
 `float.tflite`, `int8.tflite` (clustered), `baseline_int8.tflite` (the *control*, trained for as

@@ -68,6 +68,15 @@ def test_from_a_checkpoint_to_the_compiled_file(capsys) -> None:
     assert (compiled["accelerator"], compiled["cpu_ops"]) == ("ethos-u55-256", 0)
     assert Path(compiled["path"]).parent == Path("compiled")
     assert Path(compiled["path"]).is_file()
+    Path("int8.tflite").rename("kept")
+    alone = as_json("report compiled/int8_vela.tflite", capsys)
+    Path("kept").rename("int8.tflite")  # as a run leaves it, one folder above
+    beside = as_json("report compiled/int8_vela.tflite", capsys)
+    assert (alone["original"], beside["original"]) == (None, str(Path("int8.tflite").absolute()))
+    assert main(["vela", "compiled/int8_vela.tflite"]) == 2
+    assert "was compiled by Vela before: give the file that Vela read" in capsys.readouterr().err
+    assert main(["vela", "float.tflite"]) == 2
+    assert "float.tflite is a float file, and an Ethos-U" in capsys.readouterr().err
     assert main(["vela", "int8.tflite", "-q"]) == 0
     assert capsys.readouterr().out == ""
     check_kit(capsys)

@@ -45,12 +45,18 @@ def recipe(tmp_path: Path, monkeypatch) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("run none.yaml", "cannot read none.yaml: No such file or directory"),
+        ("run none.yaml", "cannot read /.*/none.yaml: No such file or directory"),
         ("run r.yaml --set clster=8", "unknown key clster; did you mean 'cluster'"),
         ("run r.yaml --set train.epochs=x", "train.epochs: should be a valid integer, got 'x'"),
         ("run r.yaml --set cluster.n_clusters=1", "must be between 2 and 256, got 1"),
         ("run r.yaml --set cluster.rules={stem:8}", r"rule 'stem:8' matches no parameter"),
-        ("run r.yaml --set model.checkpoint=x.pt", "model.checkpoint: cannot read x.pt"),
+        ("run r.yaml --set model.checkpoint=x.pt", "model.checkpoint: cannot read /.*/x.pt: No su"),
+        (
+            "check r.yaml --set model.checkpoint=whole.pt",
+            "no checkpoint that loads without running",
+        ),
+        ("check r.yaml --set export={} --set tflm.max_arena=10", "10 bytes do not even hold the n"),
+        ("run r.yaml --set export={} --set tflm.max_arena=783", "inputs, 784 bytes in int8; leave"),
         ("run r.yaml --output full", "full is not empty: add --resume"),
         ("run r.yaml --output r.yaml --overwrite", "r.yaml is a file"),
         ("sweep r.yaml", "no key has several values"),
@@ -69,7 +75,9 @@ def recipe(tmp_path: Path, monkeypatch) -> str:
         ("vela r.yaml --config none.ini", "No such file or directory: 'none.ini'"),
         ("kit none.tflite board", "No such file or directory: 'none.tflite'"),
         ("kit r.yaml board", "r.yaml: not a TFLite file"),
-        ("export r.yaml none.pt out.tflite", "cannot read none.pt"),
+        ("vela r.yaml --memory-mode Sram_only", "Arm/vela.ini has no .*; did you mean 'Sram_Only'"),
+        ("export r.yaml none.pt out.tflite", "cannot read /.*/none.pt"),
+        ("export r.yaml whole.pt out.tflite", "whole.pt is no checkpoint that .*; write one with"),
         ("export r.yaml plain.pt nowhere/out.tflite", "nowhere does not exist"),
     ],
 )
@@ -79,6 +87,7 @@ def test_bad_input_is_one_line_status_2_and_no_output(
     Path("full").mkdir()
     Path("full/mine").write_text("")
     torch.save({"1.weight": torch.zeros(2)}, "plain.pt")
+    torch.save(torch.nn.Linear(2, 2), "whole.pt")
     Path("cut.tflite").write_bytes(b"\x1c\0\0\0TFL3\0\0\0\0")
     if "nowhere" in arguments:
         model = fake_model()
@@ -98,14 +107,20 @@ def fake_model() -> torch.nn.Module:
     )
 
 
+def test_what_new_says_can_be_pasted(tmp_path: Path, capsys) -> None:
+    assert cli.main(["new", str(tmp_path / "my project")]) == 0
+    assert f"  cd '{tmp_path}/my project' && torchclust run" in capsys.readouterr().out
+
+
 def test_missing_data_set_names_the_remedy(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(RECIPE)
-    settings = ["--set", "data=fashion_mnist", "--set", f"data.root={tmp_path}"]
+    settings = ["--set", "data=fashion_mnist", "--set", "data.root=here"]
     assert cli.main(["run", "r.yaml", *settings]) == 2
     error = capsys.readouterr().err
     assert "apt-get install dataset-fashion-mnist" in error
     assert "data.root" in error
+    assert f" {tmp_path}/here" in error
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
 
 

@@ -386,10 +386,16 @@ def test_what_cannot_be_planned_or_run_is_one_error(
 
 @pytest.mark.executorch
 @needs_executorch
-def test_a_compiler_that_fails_is_one_error(tmp_path: Path) -> None:
+def test_a_compiler_that_fails_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, path = clustered(small()), tmp_path / "m.pte"
-    with pytest.raises(VelaError, match="backend cannot compile this model for ethos-u55-128"):
+    with pytest.raises(ValueError, match="has no 'Nonsense': system_config must be one of"):
         to_pte(model, IMAGES[:1], path, calibration=[IMAGES], system_config="Nonsense")
+    unknown = Configuration("ethos-u55-128", "Nonsense", "Shared_Sram")
+    monkeypatch.setattr(Configuration, "of", lambda *given: unknown)
+    with pytest.raises(VelaError, match="backend cannot compile this model for ethos-u55-128"):
+        to_pte(model, IMAGES[:1], path, calibration=[IMAGES])
     with pytest.raises(ExportError, match="the Ethos-U quantizer cannot take"):
         observe(layout.prepare(model, IMAGES[:1], last=True), None)
 

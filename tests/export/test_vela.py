@@ -154,20 +154,27 @@ def test_an_unknown_accelerator_lists_the_valid_ones(
         vela(files[16], accelerator=accelerator)
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"system_config": "Nope"}, r"System_Config.Nope not found"),
-        ({"memory_mode": "Nope"}, r"Memory_Mode.Nope not"),
-    ],
-)
 def test_velas_failure_is_one_error_with_its_last_line(
-    options: dict[str, Any], match: str, files: dict[int | None, Path], tmp_path: Path
+    files: dict[int | None, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(VelaError, match=r"(?s)Vela cannot compile .*exited with 1.*" + match) as e:
-        vela(files[16], output_dir=tmp_path, **options)
+    """Of a vendor's file whose names are right, and which says nothing else."""
+    (tmp_path / "bare.ini").write_text("[System_Config.A]\ncore_clock=4e8\n[Memory_Mode.B]\n")
+    match = r"(?s)Vela cannot compile .*\(A, B\); it exited with 1.*memory not configured$"
+    with pytest.raises(VelaError, match=match) as e:
+        vela(files[16], output_dir=tmp_path / "out", config=tmp_path / "bare.ini")
     assert "Traceback" not in str(e.value)
     assert len(str(e.value).splitlines()) <= 4
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["system_config", "memory_mode"])
+def test_a_name_that_velas_file_lacks_is_refused_before_it_runs(
+    name: str, files: dict[int | None, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=rf"vela.ini has no 'Nope': {name} must be one of 'Ethos|Sh"
+    ):
+        vela(files[16], output_dir=tmp_path, **{name: "Nope"})  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -211,16 +218,26 @@ def test_reports_are_values(files: dict[int | None, Path], tmp_path: Path) -> No
         report.cycles = 0  # type: ignore[misc]
 
 
-def test_a_float_file_is_left_to_the_cpu_and_says_so(tmp_path: Path) -> None:
+def test_a_float_file_is_refused(tmp_path: Path) -> None:
     images = torch.randn(1, 8, 8, 8)
     path = tmp_path / "float.tflite"
     to_tflite(net(), images, path, calibration=None, float=True)
-    report = vela(path)
-    assert report.npu_ops == 0
-    assert report.cpu_ops > 0
-    assert {op.operator for op in report.cpu_operators} >= {"CONV_2D", "FULLY_CONNECTED"}
-    assert all("Float32" in op.reason for op in report.cpu_operators)
-    assert "CPU: CONV_2D (2): " in str(report)
+    with pytest.raises(ValueError, match=r"float\.tflite is a float file, and .*:  to_tflite\(mod"):
+        vela(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_operators_left_to_the_cpu_are_named_with_velas_reason(tmp_path: Path) -> None:
+    upsampled = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Upsample(scale_factor=3, mode="bilinear"))
+    report = vela(export(tmp_path / "m.tflite", upsampled, None))
+    assert (report.cpu_ops, len(report.cpu_operators)) == (1, 1)
+    assert re.search(r"\n  CPU: RESIZE_BILINEAR \(.*scale-factor=3\n", str(report))
+
+
+def test_a_compiled_file_is_refused(files: dict[int | None, Path], tmp_path: Path) -> None:
+    compiled = vela(files[16], output_dir=tmp_path).path
+    with pytest.raises(ValueError, match=r"k16_vela\.tflite was compiled by Vela before: give the"):
+        vela(compiled)
 
 
 def test_vela_is_not_imported_into_the_process(files: dict[int | None, Path]) -> None:

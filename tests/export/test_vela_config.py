@@ -68,6 +68,8 @@ def test_what_a_file_has_is_listed(layouts: dict[str, Path], capsys) -> None:
     assert main(["vela", "--list-configs", str(layouts["cores"]), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["memory_modes"] == ["Shared_Sram"]
     assert str(found).count("\n") == 5
+    assert main(["vela", "--list-configs", "--json"]) == 0
+    assert "Sram_Only" in json.loads(capsys.readouterr().out)["memory_modes"]
 
 
 def test_what_is_not_named_is_the_default_or_the_only_one(layouts: dict[str, Path]) -> None:
@@ -76,7 +78,8 @@ def test_what_is_not_named_is_the_default_or_the_only_one(layouts: dict[str, Pat
         "Ethos_U55_High_End_Embedded",
         "Shared_Sram",
     )
-    assert configuration("Arm/vela.ini", "A", None) == ("Arm/vela.ini", "A", "Shared_Sram")
+    deep = "Ethos_U55_Deep_Embedded"
+    assert configuration("Arm/vela.ini", deep, None) == ("Arm/vela.ini", deep, "Shared_Sram")
     assert configuration(layouts["one"], None, None)[1:] == (
         "My_Sys_Cfg",
         "My_Mem_Mode_Parent",
@@ -92,6 +95,21 @@ def test_what_is_not_named_is_the_default_or_the_only_one(layouts: dict[str, Pat
         configuration(layouts["cores"], None, None)
     with pytest.raises(ValueError, match=r"has no 'Off': memory_mode must be one of 'My_Mem"):
         configuration(layouts["one"], None, "Off")
+    with pytest.raises(ValueError, match=r"has no 'lean_core'.*'; did you mean 'Lean_Core'\?"):
+        configuration(layouts["cores"], "lean_core", None)
+
+
+@pytest.mark.parametrize(("system", "memory"), [("Ethos_U55_Deep", None), (None, "Sram_only")])
+def test_names_are_those_of_velas_own_file(system: str | None, memory: str | None) -> None:
+    with pytest.raises(ValueError, match=r"^Arm/vela\.ini has no '.*'; did you mean '\w+'\?$"):
+        configuration(None, system, memory)
+
+
+def test_without_vela_nothing_is_known_of_its_file(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert configuration(None, "A", None) == ("Arm/vela.ini", "A", "Shared_Sram")
+    assert main(["vela", "--list-configs"]) == 2
+    assert "Vela, which has a file of its own, is not installed: pip" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "[System_Config.A]\n", "no section", "[A]\nb=1\n[A]\nb=2\n"])

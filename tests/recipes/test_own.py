@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,44 @@ def test_targets_are_found_beside_the_recipe(tmp_path: Path, monkeypatch) -> Non
     recipe = load_recipe(tmp_path / "r.json")
     assert recipe.folder == str(tmp_path)
     assert prepare(recipe).task.exports == "net"
+
+
+def test_what_a_run_writes_is_a_recipe_anywhere(tmp_path: Path, monkeypatch) -> None:
+    """Also of a module: nothing is in it that its user never said, and its folder is found."""
+    project, output = tmp_path / "project", tmp_path / "project" / "out"
+    project.mkdir()
+    (project / "moved_about.py").write_text("from own_project import *\n")
+    content = {**OWN, "name": "moved", "train": {"epochs": 1}, "cluster": {"budget": 0.5}}
+    for section in ("module", "data"):
+        target = OWN[section]["target"].replace("own_project", "moved_about")
+        content[section] = {**OWN[section], "target": target}
+    (project / "r.json").write_text(json.dumps(content))
+    monkeypatch.chdir(project)
+    recipe = load_recipe("r.json")
+    run_recipe(recipe, output, progress=False)
+    monkeypatch.chdir(tmp_path)
+    for name in ("recipe.yaml", "report.json", "chosen.yaml"):
+        monkeypatch.delitem(sys.modules, "moved_about")
+        monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(project)])
+        again = load_recipe(output / name)
+        assert again.folder == str(project)
+        assert (again == recipe) == (name != "chosen.yaml")
+        assert prepare(again).task.exports == "net"
+
+
+def test_defaults_that_are_a_targets_own_are_not_written(tmp_path: Path) -> None:
+    said = recipe_with().to_dict()
+    assert (said["train"], said["data"]) == ({"epochs": 2}, OWN["data"])
+    assert recipe_with("data.batch_size=128").to_dict()["data"]["batch_size"] == 128
+    assert recipe_with("data=mnist5k").to_dict()["data"]["batch_size"] == 128
+    assert recipe_with("train.lr=null").train.lr == 1e-3
+    with pytest.raises(RecipeError, match=r"train\.lr: the module's own optimizers have their"):
+        recipe_with("train.lr=1e-3")
+
+
+def test_a_score_that_cannot_be_imported_should_be_a_function() -> None:
+    with pytest.raises(RecipeError, match=r"cannot import 'nope\.f': .*expected module\.function,"):
+        prepare(recipe_with("metric=null", "score=nope.f"))
 
 
 def test_a_report_speaks_of_the_users_metric(tmp_path: Path) -> None:

@@ -98,3 +98,5 @@ def test_a_missing_extra_is_found_before_anything_runs(monkeypatch: pytest.Monke
     with pytest.raises(ImportError, match=r"'executorch', which is not installed"):
         run_recipe(parse_recipe(RECIPE), Path("out"))
     assert not Path("out").exists()
+    Path("r.yaml").write_text(json.dumps(RECIPE))
+    assert main(["check", "r.yaml"]) == 2

@@ -7,6 +7,7 @@ command that needs them.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -43,10 +44,11 @@ def check(args: Namespace) -> Any:
     """Find what is wrong with a recipe, and show what it would cluster."""
     from torchclust.model.summary import summary
     from torchclust.recipes.load import load_recipe
-    from torchclust.recipes.prepare import clustered_copy, prepare
+    from torchclust.recipes.prepare import clustered_copy
+    from torchclust.recipes.ready import ready
 
     recipe = load_recipe(args.recipe, args.settings)
-    prepared = prepare(recipe)
+    prepared = ready(recipe)
     model = clustered_copy(recipe, prepared.model) if recipe.cluster else prepared.model
     table = summary(model)
     if _tables(args):
@@ -81,7 +83,8 @@ def new(args: Namespace) -> Any:
     files = new_project(args.folder)
     if _tables(args):
         print("\n".join(map(str, files)))
-        print(f"Run it as it is:  cd {args.folder} && torchclust run recipe.yaml")
+        folder = shlex.quote(str(args.folder))
+        print(f"Run it as it is:  cd {folder} && torchclust run recipe.yaml")
     return {"files": [str(file) for file in files]}
 
 
@@ -142,11 +145,15 @@ def vela(args: Namespace) -> Any:
     import dataclasses
 
     from torchclust.export import CompiledFileError, vela
-    from torchclust.export.vela_config import read_vela_configs
+    from torchclust.export.backends import INSTALL
+    from torchclust.export.vela_config import arms_file, read_vela_configs
 
     try:
         if args.list_configs is not None:
-            configs = read_vela_configs(args.list_configs)
+            listed = arms_file() if args.list_configs == Path() else args.list_configs
+            if listed is None:
+                raise InputError(f"Vela, which has a file of its own, is not installed:  {INSTALL}")
+            configs = read_vela_configs(listed)
             if _tables(args):
                 print(configs)
             return {**dataclasses.asdict(configs), "path": str(configs.path)}

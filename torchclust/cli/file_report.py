@@ -138,10 +138,8 @@ def _describe_tflite(path: Path) -> FileReport:
     from torchclust.export.inspect import inspect_tflite
 
     if is_compiled(read_graph(path.read_bytes())):
-        # Vela names its output after its input; `vela` writes it beside that, unless told where.
-        original = path.with_name(path.name.replace("_vela.tflite", ".tflite"))
-        beside = original != path and original.is_file()
-        compiled = verify_compiled(path, original) if beside else inspect_compiled(path)
+        original = _original(path)
+        compiled = verify_compiled(path, original) if original else inspect_compiled(path)
         return FileReport(str(compiled), compiled.to_dict())
     found = inspect_tflite(path)
     rows = [
@@ -157,3 +155,15 @@ def _describe_tflite(path: Path) -> FileReport:
         "outputs": [dataclasses.asdict(port) for port in found.outputs],
     }
     return FileReport(str(found), content)
+
+
+def _original(compiled: Path) -> Path | None:
+    """What Vela read, if it is there: Vela names its output after its input.
+
+    `vela` writes beside the input, a run of a recipe into a folder of its own.
+    """
+    name = compiled.name.replace("_vela.tflite", ".tflite")
+    if name == compiled.name:
+        return None
+    found = (compiled.with_name(name), compiled.absolute().parent.parent / name)
+    return next((file for file in found if file.is_file()), None)

@@ -48,6 +48,7 @@ EXAMPLES = {
     "vela": (
         "torchclust vela runs/mnist_cnn/int8.tflite",
         "torchclust vela runs/mnist_cnn/int8.tflite --accelerator ethos-u85-256 --output vela",
+        "torchclust vela --list-configs",
         "torchclust vela --list-configs vendor.ini",
     ),
     "kit": (
@@ -171,7 +172,10 @@ def parser() -> argparse.ArgumentParser:
         "--list-configs",
         type=Path,
         metavar="FILE",
-        help="show the systems and memory modes that a vela.ini has, and compile nothing",
+        nargs="?",
+        const=Path(),
+        help="show the systems and memory modes that a vela.ini has, by default Vela's own, and "
+        "compile nothing",
     )
     vela.add_argument(
         "--output", "-o", type=Path, metavar="DIR", help="folder to write, default the file's"

@@ -126,7 +126,7 @@ def tflm(
         >>> report.flash_after < 0.5 * report.flash_before
         True
     """
-    path, output, version = Path(path), Path(output), _tested_version()
+    path, output, version = Path(path), Path(output), tested_version()
     check_folder(output)
     content = path.read_bytes()
     ports = check_runs_on_micro(content, str(path))
@@ -154,8 +154,12 @@ def tflm(
     )
 
 
-def _tested_version() -> str:
-    """The installed tflite-micro's version, which is the one whose format was tested."""
+def tested_version() -> str:
+    """The installed tflite-micro's version, which is the one whose format was tested.
+
+    Raises:
+        ImportError: another version is installed, or none.
+    """
     try:
         found = metadata.version("tflite-micro")
     except metadata.PackageNotFoundError:

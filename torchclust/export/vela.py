@@ -27,6 +27,7 @@ from torchclust.export.compiled.errors import NotVerifiedError
 from torchclust.export.compiled.rows import CompiledInspection
 from torchclust.export.compiled.verification import verify_compiled
 from torchclust.export.inspect import Inspection, inspect_tflite
+from torchclust.export.resolver import ETHOS_U
 from torchclust.export.vela_log import (
     counts,
     ending,
@@ -69,8 +70,8 @@ def vela(
         A `VelaReport`.
 
     Raises:
-        ValueError: unknown accelerator, not a .tflite file, or a configuration that is not in
-            the vendor's file.
+        ValueError: unknown accelerator, a configuration that is not in the file of those, not a
+            .tflite file, a float one, or one that Vela compiled before.
         VelaError: Vela failed; its last lines are in the message.
         CompiledFileError: what Vela wrote does not hold the file's weights and scales, value by
             value (see `verify_compiled`).
@@ -85,6 +86,7 @@ def vela(
     if importlib.util.find_spec("ethosu") is None:
         raise ImportError(f"compiling needs Vela, which is not installed:  {INSTALL}")
     inspected = inspect_tflite(path)
+    _check_runs_on_ethos_u(inspected)
     if accelerator.startswith("ethos-u85"):
         _warn_about_codes(inspected)
     target = Path(output_dir) if output_dir is not None else path.parent
@@ -212,6 +214,21 @@ def _report(
         verified=None if isinstance(verified, str) else replace(verified, path=compiled),
         not_verified=verified if isinstance(verified, str) else "",
     )
+
+
+def _check_runs_on_ethos_u(inspected: Inspection) -> None:
+    """Refuse what Vela would take and leave to the CPU, all of it."""
+    if ETHOS_U in inspected.operators:
+        raise ValueError(
+            f"{inspected.path} was compiled by Vela before: give the file that Vela read"
+        )
+    ports = (*inspected.inputs, *inspected.outputs)
+    scales = [*(p.scale for p in ports), *(row.scales for row in inspected)]
+    if not any(scales) and "QUANTIZE" not in inspected.operators:
+        raise ValueError(
+            f"{inspected.path} is a float file, and an Ethos-U computes with integers alone. Write "
+            "an int8 one:  to_tflite(model, inputs, path, calibration=[samples])"
+        )
 
 
 def _warn_about_codes(inspected: Inspection) -> None:

@@ -7,8 +7,10 @@ section ``[Memory_Mode.NAME]`` for each way of using it. Vendors name them as th
 from __future__ import annotations
 
 import configparser
+import difflib
+import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ARM = "Arm/vela.ini"  # the one that Vela brings, named as Vela finds it
@@ -65,6 +67,14 @@ def read_vela_configs(path: str | os.PathLike[str]) -> VelaConfigs:
     return VelaConfigs(path, systems, modes)
 
 
+def arms_file() -> Path | None:
+    """The configuration file that the installed Vela brings; None where Vela is not installed."""
+    found = importlib.util.find_spec("ethosu")
+    folders = found.submodule_search_locations if found else None
+    files = [Path(folder, "config_files", ARM) for folder in folders or ()]
+    return next((file for file in files if file.is_file()), None)
+
+
 def chosen(
     config: str | os.PathLike[str] | None,
     system_config: str | None,
@@ -79,13 +89,17 @@ def chosen(
         ValueError: the file has no such section, or several to choose from.
         OSError: it cannot be read.
     """
-    if config is None or os.fspath(config) == ARM:
+    is_arms = config is None or os.fspath(config) == ARM
+    file = arms_file() if is_arms else config
+    if file is None:  # nobody compiles without Vela, and who tries is told so
         return ARM, system_config or defaults[0], memory_mode or defaults[1]
-    configs = read_vela_configs(config)
+    configs = read_vela_configs(file)
+    # Vela looks for a relative FOLDER/FILE among its own files.
+    named = ARM if is_arms else os.fspath(configs.path.resolve())
+    configs = replace(configs, path=Path(ARM)) if is_arms else configs
     system = _one("system_config", system_config, defaults[0], configs.system_configs, configs)
     memory = _one("memory_mode", memory_mode, defaults[1], configs.memory_modes, configs)
-    # Vela looks for a relative FOLDER/FILE among its own files.
-    return os.fspath(configs.path.resolve()), system, memory
+    return named, system, memory
 
 
 def _one(
@@ -95,7 +109,10 @@ def _one(
         name = default if default in there else there[0] if len(there) == 1 else None
     if name not in there:
         asked = "several to choose from" if name is None else f"no {name!r}"
+        close = difflib.get_close_matches(name or "", there, n=1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
             f"{configs.path} has {asked}: {argument} must be one of {', '.join(map(repr, there))}"
+            f"{meant}"
         )
     return name

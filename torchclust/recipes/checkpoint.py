@@ -19,14 +19,20 @@ def load_checkpoint_(model: nn.Module, file: Path, section: str = "model") -> nn
     """Load a state dict, clustered or plain, into `model`, in place.
 
     Takes what ``torch.save(model.state_dict(), file)`` writes, ``.safetensors``, and Lightning's
-    checkpoints. Names
-    that all begin with ``model.`` lose that, unless the model itself has such names.
+    checkpoints. Names that all begin with ``model.`` lose that, unless the model itself has such.
     """
     try:
         content = _read(file)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise RecipeError(f"{section}.checkpoint: cannot read {file}: {reason}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).split("\n", 1)[0]
+        raise RecipeError(
+            f"{section}.checkpoint: cannot read {file.absolute()}: {reason}"
+        ) from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise RecipeError(
+            f"{section}.checkpoint: {file} is no checkpoint that loads without running code; write "
+            "one with torch.save(model.state_dict(), FILE)"
+        ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):

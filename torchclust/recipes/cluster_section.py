@@ -102,14 +102,6 @@ class ClusterSection(Section):
                 fields.pop("codebook_dtype")
         return fields
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, value: Any) -> Any:
-        """Let ``--set cluster.n_clusters=null`` make room for a budget."""
-        if isinstance(value, Mapping) and value.get("n_clusters", 0) is None:
-            return {key: given for key, given in value.items() if key != "n_clusters"}
-        return value
-
     @model_validator(mode="after")
     def _one_way_to_choose(self) -> ClusterSection:
         if self.budget is not None and self.max_accuracy_drop is not None:

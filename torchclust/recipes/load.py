@@ -32,7 +32,9 @@ def load_recipe(file: Path | str, settings: Iterable[str] = ()) -> Recipe:
     try:
         text = Path(file).read_text(encoding="utf-8")
     except OSError as error:
-        raise RecipeError(f"cannot read {file}: {error.strerror or error}") from None
+        raise RecipeError(
+            f"cannot read {Path(file).absolute()}: {error.strerror or error}"
+        ) from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file} is not a YAML file: {error}") from None
     content = parse_yaml(text, source=f"{file} is not a YAML file")
@@ -43,7 +45,7 @@ def load_recipe(file: Path | str, settings: Iterable[str] = ()) -> Recipe:
     for setting in settings:
         override(content, setting)
     if any(_has_target(content.get(key)) for key in ("data", "model", "module")):
-        content.setdefault("folder", str(Path(file).parent))
+        content["folder"] = content.get("folder") or str(Path(file).parent)
     return parse_recipe(content, source=str(file))
 
 

@@ -11,6 +11,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torchclust.recipes.checkpoint import load_checkpoint_
 from torchclust.recipes.classifier import Classifier, accuracy
 from torchclust.recipes.loaders import named_data
 from torchclust.recipes.metric import Metric
-from torchclust.recipes.schema import Recipe, VelaSection
+from torchclust.recipes.schema import Recipe
 from torchclust.recipes.section import RecipeError, nearest
 from torchclust.recipes.subject import DataSection, ModelSection
 from torchclust.recipes.targets import called, check_arguments, digest_of, import_target
@@ -57,13 +58,17 @@ def prepare(recipe: Recipe) -> Prepared:
         RecipeError: one line that names the key and the remedy (`DataError` for data).
     """
     if recipe.vela is not None:
-        _check_accelerator("vela.accelerator", recipe.vela.accelerator)
-        _check_configuration(recipe.vela)
+        chip = recipe.vela
+        named = (chip.system_config, chip.memory_mode, chip.config)
+        _check_configuration("vela.accelerator", chip.accelerator, *named)
     if recipe.executorch is not None:
-        _check_accelerator("executorch.target", recipe.executorch.target)
+        program = recipe.executorch
+        _check_configuration(
+            "executorch.target", program.target, program.system_config, program.memory_mode
+        )
     own.check_options(recipe)
-    named = load_data(recipe.data) if recipe.data.name else None
-    task = own.task_of(recipe, named) if recipe.module else classification(recipe, named)
+    data = load_data(recipe.data) if recipe.data.name else None
+    task = own.task_of(recipe, data) if recipe.module else classification(recipe, data)
     prepared = Prepared(recipe, task)
     if recipe.cluster is not None:
         try:
@@ -75,18 +80,21 @@ def prepare(recipe: Recipe) -> Prepared:
     return prepared
 
 
-def _check_accelerator(key: str, given: str) -> None:
-    if given not in ACCELERATORS:
-        raise RecipeError(f"{key}: no {given!r}; {nearest(given, ACCELERATORS)}")
+def _check_configuration(key: str, accelerator: str, *named: Any) -> None:
+    """Refuse an accelerator, a system, a memory mode that Vela does not know; `key` is the first's.
 
-
-def _check_configuration(section: VelaSection) -> None:
+    Vela itself would be asked only after all of the training.
+    """
+    section = key.partition(".")[0]
+    if accelerator not in ACCELERATORS:
+        raise RecipeError(f"{key}: no {accelerator!r}; {nearest(accelerator, ACCELERATORS)}")
     try:
-        Configuration.of(
-            section.accelerator, section.system_config, section.memory_mode, section.config
-        )
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"vela.config: {' '.join(str(error).split())}") from error
+        Configuration.of(accelerator, *named)
+    except OSError as error:
+        file = Path(error.filename).absolute()
+        raise RecipeError(f"{section}.config: cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise RecipeError(f"{section}: {' '.join(str(error).split())}") from error
 
 
 def classification(recipe: Recipe, data: Data | None) -> Task:

@@ -28,8 +28,8 @@ from torchclust.recipes.artifacts import (
 from torchclust.recipes.kept import Stages, versions
 from torchclust.recipes.packed import PACKED_FILE, write_packed
 from torchclust.recipes.plot import plot
-from torchclust.recipes.prepare import prepare
-from torchclust.recipes.programs import PROGRAM_FILES, check_packages, write_programs
+from torchclust.recipes.programs import PROGRAM_FILES, write_programs
+from torchclust.recipes.ready import ready
 from torchclust.recipes.report import Files, assemble, markdown
 from torchclust.recipes.schema import Recipe, RecipeError
 from torchclust.recipes.stages import train_networks
@@ -66,8 +66,7 @@ def run_recipe(
         RecipeError, DataError: before anything is written; one line that says what to change.
     """
     check_output(output, resume=resume, overwrite=overwrite)
-    prepared = prepare(recipe)
-    check_packages(prepared)
+    prepared = ready(recipe)
     if overwrite:
         clear(output)
     output.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ type: ``"6"`` is no epoch count.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -142,6 +143,11 @@ class Recipe(Section):
     executorch: ExecuTorchSection | None = None
     pack: PackSection | None = None
 
+    @field_validator("folder")
+    @classmethod
+    def _from_anywhere(cls, folder: str) -> str:
+        return os.path.abspath(folder)
+
     @field_validator("data", "model", "metric", mode="before")
     @classmethod
     def _bare_name(cls, value: Any) -> Any:
@@ -241,5 +247,17 @@ class Recipe(Section):
         return {name: dumped.get(name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """Every key that is set, defaults included, in JSON's types; `Recipe` of it is the same."""
-        return self.model_dump(mode="json", exclude_none=True)
+        """Every key that is set, defaults included, in JSON's types; `Recipe` of it is the same.
+
+        Without those defaults that are not the recipe's to give: a module has its own rates, and a
+        target its own batch size.
+        """
+        theirs: dict[str, set[str]] = {}
+        if self.module is not None:
+            theirs["train"] = {"lr"}
+        if self.data.target is not None:
+            theirs["data"] = {"batch_size"} - self.data.model_fields_set
+        dumped = self.model_dump(mode="json", exclude_none=True, exclude=theirs)
+        nulls = {key: None for key, value in self.subject.arguments.items() if value is None}
+        dumped["model" if self.module is None else "module"] |= nulls  # arguments that were given
+        return dumped

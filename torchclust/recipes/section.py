@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 AnyPath = Annotated[Path, Field(strict=False)]
 
@@ -20,6 +20,17 @@ class Section(BaseModel):
     """No unknown keys, no silent conversions, no changes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, given: Any) -> Any:
+        """Read a key's null as its default, so that ``--set KEY=null`` takes back what a file says.
+
+        Of keys that a section does not know, arguments of what a target names, null is a value.
+        """
+        if not isinstance(given, Mapping):
+            return given
+        return {k: v for k, v in given.items() if v is not None or k not in cls.model_fields}
 
 
 def nearest(key: str, valid: Iterable[str]) -> str:

@@ -25,9 +25,7 @@ class DataSection(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str | None = Field(
-        None, description="mnist5k, fashion_mnist, image_folder or speech_synthetic"
-    )
+    name: str | None = Field(None, description="a data set of torchclust.zoo, such as mnist5k")
     target: str | None = Field(
         None, description="or yours: module.Class of a LightningDataModule, or a function"
     )
@@ -43,6 +41,7 @@ class DataSection(Section):
         given |= self.model_extra or {}
         if self.target is None:
             given.pop("batch_size", None)
+            given = {k: v.absolute() if isinstance(v, Path) else v for k, v in given.items()}
         else:
             given = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
         return {key: value for key, value in given.items() if value is not None}

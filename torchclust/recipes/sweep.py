@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from torchclust.recipes.load import load_recipe, parse_yaml
 from torchclust.recipes.metric import Metric
-from torchclust.recipes.prepare import prepare
+from torchclust.recipes.ready import ready
 from torchclust.recipes.run import STAGE_FOLDER, check_output, clear, run_recipe, write_whole
 from torchclust.recipes.schema import Recipe, RecipeError
 
@@ -75,7 +75,7 @@ def run_sweep(
     points = plan(file, settings)
     output = output or Path("runs") / f"{points[0].recipe.name}_sweep"
     check_output(output, resume=resume, overwrite=overwrite)
-    metrics = [prepare(point.recipe).task.metric for point in points]
+    metrics = [ready(point.recipe).task.metric for point in points]
     if overwrite:
         for folder in (output, *(output / point.folder for point in points)):
             clear(folder)

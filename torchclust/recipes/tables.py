@@ -6,13 +6,33 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchclust.export.micro_interpreter import least_arena
-from torchclust.export.tflm import tflm
+from torchclust.export.tflm import tested_version, tflm
 from torchclust.recipes.kept import Result, Stages, digest_of_file, origin
 from torchclust.recipes.prepare import Prepared
+from torchclust.recipes.section import RecipeError
 from torchclust.recipes.stages import Networks
 
 TABLES_FILE = "tflm.tflite"
 _COMPARED = 32  # training inputs on which both files must agree, beside random ones
+
+
+def check_tables(prepared: Prepared) -> None:
+    """Find out before any training whether lookup tables can be written here.
+
+    Raises:
+        ImportError: tflite-micro is not installed, or in another version than was tested.
+        RecipeError: `max_arena` is too small for any file: it does not hold one input of int8.
+    """
+    task, section, seed = prepared.task, prepared.recipe.tflm, prepared.recipe.seed
+    if section is None:
+        return
+    tested_version()
+    needed = sum(column[0].numel() for column in task.inputs(task.module, 1, seed))
+    if section.max_arena is not None and section.max_arena < needed:
+        raise RecipeError(
+            f"tflm.max_arena: {section.max_arena:,} bytes do not even hold the network's inputs, "
+            f"{needed:,} bytes in int8; leave it out, and the report says what the file needs"
+        )
 
 
 def write_tables(

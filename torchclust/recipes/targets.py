@@ -36,11 +36,12 @@ def import_target(key: str, target: str, folder: str | None) -> Callable[..., An
         if place not in sys.path:
             sys.path.insert(0, place)
     module, _, attribute = target.rpartition(".")
+    kind = "module.function" if key == "score" else "package.module.Class"
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise RecipeError(
-            f"{key}: cannot import {target!r}: {error} (expected package.module.Class, "
+            f"{key}: cannot import {target!r}: {error} (expected {kind}, "
             "importable from the recipe's folder or where you run, or installed)"
         ) from error
     if not callable(found):

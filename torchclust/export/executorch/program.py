@@ -146,8 +146,8 @@ def to_pte(
             nor CPU can run; a clustered tensor would get more than ``n_clusters`` codes, or is not
             on the NPU. The message names the layer and the remedy.
         VelaError: the backend or Vela could not compile it.
-        ValueError, TypeError: an unknown target; calibration data that is missing, empty, holds
-            NaN, or does not fit.
+        ValueError, TypeError: an unknown target or configuration; calibration data that is missing,
+            empty, holds NaN, or does not fit.
         ImportError: the executorch extra is not installed, or another version of it.
 
     Example:
