@@ -252,3 +252,34 @@ def test_a_kernel_of_tflite_micro_that_ends_the_process_ends_no_export(tmp_path:
 class Reduced(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x - x.logsumexp(1, keepdim=True)
+
+
+@pytest.mark.parametrize("codebook_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_trained_transformer_keeps_its_codes(
+    tmp_path: Path, norm_first: bool, codebook_dtype: str
+) -> None:
+    """The converter folds a LayerNorm's gain into the columns of the linear layer behind it."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=norm_first)
+    model = nn.Sequential(layer, trained(nn.LayerNorm(16)), nn.Linear(16, 4)).eval()
+    trained(layer.norm1), trained(layer.norm2)
+    cluster_(model, 8, codebook_dtype=codebook_dtype)
+    x = torch.randn(64, 12, 16)
+    result = to_tflite(model, x[:1], tmp_path / "a.tflite", calibration=[x])
+    assert len(result.tensors) == 5
+    assert all(row.codes_match for row in result.tensors)
+    assert result.sqnr_db is not None
+    assert result.sqnr_db > 25
+    assert vela(result.path).cpu_operators == ()
+
+
+@pytest.mark.parametrize("shape", [(8, 12, 16), (8, 16)])
+@pytest.mark.parametrize("affine", [{}, {"bias": False}, {"elementwise_affine": False}])
+def test_layer_norms_of_a_last_axis(shape: tuple[int, ...], affine: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(trained(nn.LayerNorm(16, eps=0.1, **affine)), nn.Linear(16, 4)).eval()
+    x = 3 + torch.randn(shape)
+    prepared = prepare(model, x, last=False)
+    assert prepared.module.traced.substitutes
+    torch.testing.assert_close(prepared.module(x)[0], model(x), rtol=1e-4, atol=1e-5)

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -618,3 +619,25 @@ def test_what_could_not_be_given_back_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="'more' of the state dict is no parameter or buffer"):
         save_packed(hooked, file)
     assert not file.exists()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_model_with_weight_norm_is_told_to_be_plain(tmp_path: Path, old: bool) -> None:
+    """Clustering takes weight_norm away, so that the file has plain weights."""
+
+    def make() -> nn.Sequential:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            norm = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
+            return nn.Sequential(norm(nn.Linear(32, 32)))
+
+    file, model = tmp_path / "m.packed", make()
+    saved = cluster_(make(), 4)
+    save_packed(saved, file)
+    with pytest.raises(ValueError, match=r"Here '0.weight' is computed, as by weight_norm, which"):
+        load_packed_(model, file)
+    if old:
+        nn.utils.remove_weight_norm(model[0])
+    else:
+        nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert torch.equal(load_packed_(model, file)[0].weight, saved[0].weight)

@@ -195,9 +195,17 @@ def _check_fit(records: list[Record], tensors: list[ModelTensor]) -> None:
     expected = {name: tensor for tensor in tensors for name in tensor.names}
     lacks, extra = sorted(by_name.keys() - expected), sorted(expected.keys() - by_name)
     if lacks or extra:
+        computed = [name for name in lacks if any(_is_computed(name, own) for own in extra)]
+        remedy = (
+            f". Here {computed[0]!r} is computed, as by weight_norm, which clustering took away: "
+            f"make it plain first, by torch.nn.utils.parametrize.remove_parametrizations or "
+            f"torch.nn.utils.remove_weight_norm"
+            if computed
+            else ""
+        )
         raise ValueError(
             f"the file does not fit this model: only the file has {_some(lacks)}, only the model "
-            f"has {_some(extra)}; load_packed_ needs the architecture that was saved"
+            f"has {_some(extra)}; load_packed_ needs the architecture that was saved{remedy}"
         )
     for tensor in tensors:
         owners = {id(by_name[name]) for name in tensor.names}
@@ -215,6 +223,13 @@ def _check_fit(records: list[Record], tensors: list[ModelTensor]) -> None:
                 f"{tensor.names[0]!r} is {there[0]} {there[1]} in the file and {here[0]} {here[1]} "
                 f"in this model; load_packed_ needs the architecture that was saved{convert}"
             )
+
+
+def _is_computed(name: str, stored: str) -> bool:
+    """Whether a tensor of that name is computed from the one that is stored so."""
+    path, _, last = name.rpartition(".")
+    prefix = f"{path}." if path else ""
+    return stored.startswith(f"{prefix}parametrizations.{last}.original") or stored == f"{name}_g"
 
 
 def _some(names: list[str]) -> str:

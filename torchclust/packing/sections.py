@@ -133,7 +133,7 @@ class SectionReader:
         if not 1 <= self.version <= VERSION:
             raise PackedFileError(
                 f"it has format version {self.version} and this torchclust reads {VERSION}:  "
-                f"pip install --upgrade torchclust"
+                f"read it with the version that wrote it, or a later one"
             )
         self._digest, self._position = digest, file.tell()
 
