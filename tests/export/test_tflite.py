@@ -673,3 +673,15 @@ def test_a_weight_that_is_computed_from_the_parameter(tmp_path: Path) -> None:
     model = cluster_(nn.Sequential(plain), 8, codebook_dtype="int8")
     result = to_tflite(model, x[:1], tmp_path / "a.tflite", calibration=[x])
     assert result.tensors[0].codes_match
+
+
+def test_layers_that_are_copies_of_each_other_are_one_in_the_file(tmp_path: Path) -> None:
+    """As those of an untrained nn.TransformerEncoder: nothing is missing, and nothing is said."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(16, 16), torch.randn(64, 16)
+    model = nn.Sequential(layer, nn.ReLU(), copy.deepcopy(layer), nn.ReLU(), nn.Linear(16, 4))
+    cluster_(model.eval(), 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        done = to_tflite(model, x[:1], tmp_path / "a.tflite", calibration=[x])
+    assert [row.parameter for row in done.tensors] == ["0.weight", "4.weight"]

@@ -107,7 +107,8 @@ def find_clustered(
     unclaimed = (w for w in weights if all(p.weight is not w for p in found))
     left = {*other_sizes, *(w.matrix.size for w in unclaimed)}
     for t in trained:
-        if t.name in used and t.name not in mirrored and not _is_placed(found, t):
+        there = any(_are_equal(placed.matched.trained, t) for placed in found)
+        if t.name in used and t.name not in mirrored and not there:
             _report_unplaced(t, left)
     return found
 
@@ -167,6 +168,11 @@ def _spread(trained: Trained, dilation: tuple[int, ...] | None) -> Trained:
 
 def _is_placed(found: Sequence[Placed[WeightT]], trained: Trained) -> bool:
     return any(placed.matched.trained is trained for placed in found)
+
+
+def _are_equal(one: Trained, other: Trained) -> bool:
+    """Whether two parameters, as those of layers copied from each other, are one in the file."""
+    return one is other or np.array_equal(one.weight, other.weight)
 
 
 def _report_unplaced(trained: Trained, sizes_left: set[int]) -> None:
