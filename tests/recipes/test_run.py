@@ -32,7 +32,7 @@ from torchclust.recipes.schema import RecipeError
 from torchclust.recipes.stages import train_networks
 from torchclust.recipes.sweep import _plot, front, plan, run_sweep
 from torchclust.recipes.sweep import markdown as markdown_of_sweep
-from torchclust.recipes.training import fit
+from torchclust.recipes.training import FrozenNorms, fit
 
 PERCENT = Metric("accuracy", "max", "%")
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -135,6 +135,21 @@ def test_without_labels_none_is_read(tmp_path: Path, monkeypatch, quantize: bool
     assert torch.equal(outputs[1], outputs[2])
     error, before = ((outputs[0] - y).square().mean() for y in (outputs[1], clustered))
     assert error < 0.5 * before
+
+
+def test_norms_are_frozen_in_the_phases_that_say_so(tmp_path: Path, monkeypatch) -> None:
+    frozen = []
+
+    def spy(module, data, *, callbacks=(), **rest):
+        frozen.append(any(isinstance(callback, FrozenNorms) for callback in callbacks))
+        return fit(module, data, callbacks=callbacks, **rest)
+
+    monkeypatch.setattr(stages, "fit", spy)
+    content = {**SMALL, "prune": {"sparsity": 0.5}, "cluster": {"preserve_sparsity": True}}
+    content["finetune"] = {"freeze_batch_norm": True}
+    train_networks(prepare(parse_recipe(content)), Stages(tmp_path, progress=False))
+    # train; the control's pruning and fine-tuning; prune; finetune
+    assert frozen == [False, False, True, False, True]
 
 
 def test_the_control_teaches_and_is_not_taught(tmp_path: Path, monkeypatch) -> None:

@@ -24,8 +24,8 @@ RECIPES = sorted([*ROOT.glob("recipes/*.yaml"), *ROOT.glob("recipes/mlperf_tiny/
 SHIPPED = {
     *("mnist_cnn", "mnist_convnet", "fashion_cnn", "lenet_300_100", "lenet_5", "arm_mlp"),
     *("kws_ds_cnn_l", "mobilenet_v1", "mobilenet_v1_fashion", "mobilenet_v2"),
-    *("mobilenet_v2_fashion", "kws", "vww", "ic", "ic_label_free"),
-    *("ad", "sww", "mnist_cnn_small", "fashion_cnn_pruned"),
+    *("mobilenet_v2_fashion", "kws", "kws_fine_tuned", "vww", "ic"),
+    *("ic_label_free", "ad", "sww", "mnist_cnn_small", "fashion_cnn_pruned"),
 }
 OF_MODULES = {"ad"}  # with a data set of their own: test_toy_car.py
 BASE = """

@@ -12,7 +12,7 @@ from torchclust.export import to_tflite
 from torchclust.export.file_network import of_tflite
 from torchclust.recipes.classifier import Classifier, Distillation, accuracy
 from torchclust.recipes.loaders import of_loaders
-from torchclust.recipes.training import fit
+from torchclust.recipes.training import Phase, fit
 
 BATCHES = DataLoader(TensorDataset(torch.randn(16, 6), torch.arange(16) % 3), batch_size=8)
 
@@ -64,6 +64,36 @@ def test_a_teacher_is_a_part_of_the_loss_and_stays_as_it_is() -> None:
     inputs = torch.cat([inputs for inputs, _ in BATCHES])
     wrong = (student(inputs).softmax(1) - teacher(inputs).softmax(1)).abs().mean()
     assert wrong < 0.1
+
+
+class Validated(Classifier):
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        assert not any(module.training for module in self.modules())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_batch_norms_keep_their_statistics(frozen: bool) -> None:
+    """Their factors train; between epochs Lightning evaluates, and puts modes back."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))
+    norm, modes = model[1], []
+
+    class Watching(pl.Callback):
+        def on_train_batch_start(self, *_: object) -> None:
+            modes.append((norm.training, model[2].training))
+
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    phase = Phase(3, lr_scale=10.0, freeze_batch_norm=frozen)
+    data = of_loaders(pl, train=BATCHES, val=BATCHES)
+    fit(Validated(model), data, epochs=3, seed=0,
+        callbacks=[*phase.callbacks(), Watching()], progress=False)  # fmt: skip
+    assert modes == [(not frozen, True)] * 6
+    after = norm.state_dict()
+    assert all(
+        torch.equal(after[name], before[name]) == frozen
+        for name in ("running_mean", "running_var", "num_batches_tracked")
+    )
+    assert not torch.equal(after["weight"], before["weight"])
 
 
 @pytest.mark.slow

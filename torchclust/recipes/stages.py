@@ -14,7 +14,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -32,9 +32,9 @@ from torchclust.recipes.classifier import Classifier, Distillation
 from torchclust.recipes.kept import Result, Stages, digest_of_networks, origin
 from torchclust.recipes.prepare import Prepared, cluster_network_
 from torchclust.recipes.pruning import GradualPruning, SparseDropout
-from torchclust.recipes.schema import ClusterSection, FinetuneSection, PruneSection, Schedule
+from torchclust.recipes.schema import ClusterSection
 from torchclust.recipes.task import Task, as_batches
-from torchclust.recipes.training import LowerRates, fit
+from torchclust.recipes.training import Phase, fit
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
@@ -121,19 +121,6 @@ def train_networks(prepared: Prepared, stages: Stages) -> Networks:
             chosen = chosen.measured(encoded_bytes(network, measure, chosen.allocation))
     modules = {"trained": trained, "control": control, "compressed": compressed}
     return Networks(task, modules, accuracy, chosen)
-
-
-class Phase(NamedTuple):
-    """One call of `fit`."""
-
-    epochs: int
-    lr_scale: float = 1.0
-    schedule: Schedule = "constant"
-
-    @classmethod
-    def of(cls, section: PruneSection | FinetuneSection) -> Phase:
-        """Return the phase that a section of the recipe describes."""
-        return cls(section.epochs, section.lr_scale, section.schedule)
 
 
 class Training:
@@ -248,7 +235,7 @@ class Training:
             strip=False,
             quantize_activations=section.quantize_activations,
         )
-        phase = Phase(section.epochs, schedule=section.schedule)
+        phase = Phase.of(section)._replace(lr_scale=1.0)
         pruned = self.recipe.prune
         sparse = [SparseDropout(pruned.sparsity, self.task.exports)] if pruned else []
         distillation = Distillation(self.task.network(teacher), section.distillation_weight)
@@ -300,13 +287,12 @@ class Training:
         for phase in (phase for phase in plan if phase.epochs):
             if isinstance(module, Classifier):  # others have schedules of their own
                 module.schedule, module.distillation = phase.schedule, distillation
-            lower = [LowerRates(phase.lr_scale)] if phase.lr_scale != 1 else []
             fit(
                 module,
                 self.task.make_data(),
                 epochs=phase.epochs,
                 seed=self.recipe.seed,
-                callbacks=[*callbacks, *lower],
+                callbacks=[*callbacks, *phase.callbacks()],
                 options=self.task.options,
                 progress=self.stages.progress,
             )

@@ -9,10 +9,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchclust.lightning.optimizers import scale_rates
 from torchclust.lightning.trees import TREES, Callback, tree_of
+from torchclust.recipes.schema import FinetuneSection, PruneSection, Schedule
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule, LightningModule, Trainer
@@ -64,6 +67,35 @@ def fit(
                 signal.signal(signal.SIGINT, before)
     module.trainer = None
     return module.cpu().eval()
+
+
+class Phase(NamedTuple):
+    """What the recipe says of one call of `fit`."""
+
+    epochs: int
+    lr_scale: float = 1.0
+    schedule: Schedule = "constant"
+    freeze_batch_norm: bool = False
+
+    @classmethod
+    def of(cls, section: PruneSection | FinetuneSection) -> Phase:
+        """Return the phase that a section of the recipe describes."""
+        return cls(section.epochs, section.lr_scale, section.schedule, section.freeze_batch_norm)
+
+    def callbacks(self) -> list[Callback]:
+        """Return what makes a training this phase's, beside its epochs and its schedule."""
+        lower = [LowerRates(self.lr_scale)] if self.lr_scale != 1 else []
+        return [*lower, *([FrozenNorms()] if self.freeze_batch_norm else [])]
+
+
+class FrozenNorms(Callback):
+    """Let BatchNorms compute as in eval mode: by the statistics that they came with."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Change the modes, which Lightning keeps from here on."""
+        for module in pl_module.modules():
+            if isinstance(module, _BatchNorm) and module.running_mean is not None:
+                module.eval()
 
 
 class LowerRates(Callback):
