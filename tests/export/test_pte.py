@@ -461,7 +461,10 @@ def test_an_extra_that_is_half_there_names_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: "1.5.1")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tosa" else name)
+    find, lacking = importlib.util.find_spec, {"tosa"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in lacking else find("torch")
+    )
     with pytest.raises(ImportError, match=r"needs the package 'tosa', which is not installed"):
         to_pte(small(), IMAGES[:1], tmp_path / "m.pte", calibration=[IMAGES])
 

@@ -546,6 +546,7 @@ def test_exported_program_equals_the_model(mode: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_compiled_training_equals_eager(mode: dict[str, Any]) -> None:
+    torch.compiler.reset()  # compilations of this network are limited, and other tests make some
     eager, compiled = cluster_(net(), 8, **mode), cluster_(net(), 8, **mode)
     train(eager, 2, torch.optim.SGD(eager.parameters(), 0.01))
     run = torch.compile(compiled, backend="aot_eager", fullgraph=True)

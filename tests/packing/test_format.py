@@ -556,7 +556,10 @@ def test_malformed_but_signed(case: str) -> None:
 
 def test_prologue_and_records(tmp_path: Path) -> None:
     content, model = written(Small(), tmp_path), Small()
-    with pytest.raises(PackedFileError, match=r"version 3 and this torchclust reads 2:  pip"):
+    with pytest.raises(
+        PackedFileError,
+        match=r"version 3 and this torchclust reads 2:  read it with",
+    ):
         load(prologue(3, 2)[0] + content[22:], model)
     with pytest.raises(PackedFileError, match=r"begins with b'' and is no packed file"):
         load(b"", model)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -141,14 +141,7 @@ def load_packed_file_(model: ModuleT, file: BinaryIO) -> ModuleT:
             prune.remove(*tensor.pruned)
     targets = model.state_dict(keep_vars=True)
     for record in records:
-        value = _value(record, file)
-        for name in record.header.names:
-            path, _, last = name.rpartition(".")
-            if last == EXTRA:
-                model.get_submodule(path).set_extra_state(value)
-            else:
-                with torch.no_grad():
-                    targets[name].copy_(value)
+        _fill(model, targets, record, file)
     return model
 
 
@@ -237,8 +230,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(map(repr, names[:3])) + more if names else "none"
 
 
-def _value(record: Record, file: BinaryIO) -> Tensor:
-    """Decode the tensor of a record, on the CPU."""
+def _fill(model: nn.Module, targets: Mapping[str, Tensor], record: Record, file: BinaryIO) -> None:
+    """Give the tensors of a record its values; decoded on the CPU, and only here kept alive."""
     header = record.header
     dtype, layout = header.dtype, header.layout
     if header.coding is None:
@@ -247,7 +240,14 @@ def _value(record: Record, file: BinaryIO) -> Tensor:
         rows = np.empty((layout.n_rows, layout.n_columns), dtype.bits)
     for row, column, bits in record.blocks(file):
         rows[row, column] = bits
-    return layout.restore(rows, dtype)
+    value = layout.restore(rows, dtype)
+    for name in header.names:
+        path, _, last = name.rpartition(".")
+        if last == EXTRA:
+            model.get_submodule(path).set_extra_state(value)
+        else:
+            with torch.no_grad():
+                targets[name].copy_(value)
 
 
 @contextlib.contextmanager
