@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchclust.allocation.encoded_size import Measure, encoded_bytes
 from torchclust.allocation.knapsack import Choice
+from torchclust.data_aware.blocks import evaluating
 from torchclust.data_aware.divergence import divergence
 from torchclust.model.cluster import cluster_
 from torchclust.model.slots import weights_read
@@ -64,7 +65,7 @@ def fisher_information(
     """
     total: dict[str, Tensor] = {}
     count = 0
-    with _evaluating(model):
+    with _differentiable(model):
         for count, batch in enumerate(batches, start=1):  # noqa: B007
             for name, gradient in _gradients(model, batch, loss_fn).items():
                 squared = gradient.detach().float().square()
@@ -181,26 +182,23 @@ def _call(model: nn.Module, inputs: Any) -> Any:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _differentiable(model: nn.Module) -> Iterator[None]:
     """Eval mode with every floating-point parameter differentiable; both put back afterwards.
 
     Recurrent modules are in training mode, in which alone cuDNN differentiates them, without their
     dropout: the same function.
     """
-    modes = {module: module.training for module in model.modules()}
-    dropouts = {m: m.dropout for m in modes if isinstance(m, nn.RNNBase)}
+    dropouts = {m: m.dropout for m in model.modules() if isinstance(m, nn.RNNBase)}
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     try:
-        model.eval()
-        for recurrent in dropouts:
-            recurrent.dropout, recurrent.training = 0.0, True
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
+        with evaluating(model):
+            for recurrent in dropouts:
+                recurrent.dropout, recurrent.training = 0.0, True
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            yield
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        for module, training in modes.items():
-            module.training = training
         for recurrent, dropout in dropouts.items():
             recurrent.dropout = dropout

@@ -107,8 +107,7 @@ def find_clustered(
     unclaimed = (w for w in weights if all(p.weight is not w for p in found))
     left = {*other_sizes, *(w.matrix.size for w in unclaimed)}
     for t in trained:
-        there = any(_are_equal(placed.matched.trained, t) for placed in found)
-        if t.name in used and t.name not in mirrored and not there:
+        if t.name in used and t.name not in mirrored and not _is_there(found, t):
             _report_unplaced(t, left)
     return found
 
@@ -170,9 +169,11 @@ def _is_placed(found: Sequence[Placed[WeightT]], trained: Trained) -> bool:
     return any(placed.matched.trained is trained for placed in found)
 
 
-def _are_equal(one: Trained, other: Trained) -> bool:
-    """Whether two parameters, as those of layers copied from each other, are one in the file."""
-    return one is other or np.array_equal(one.weight, other.weight)
+def _is_there(found: Sequence[Placed[WeightT]], trained: Trained) -> bool:
+    """Whether a parameter is placed, or its like: layers copied from each other are one there."""
+    return _is_placed(found, trained) or any(
+        np.array_equal(placed.matched.trained.weight, trained.weight) for placed in found
+    )
 
 
 def _report_unplaced(trained: Trained, sizes_left: set[int]) -> None:

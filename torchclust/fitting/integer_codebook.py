@@ -112,7 +112,8 @@ def fit_integer_codebook(
     importance = checked_importance(importance, data.shape)
     require_finite("weight", data)
     rows = _rows(data)
-    weights = None if importance is None else _weights_of_rows(rows, _rows(importance))
+    given = None if importance is None else _rows(importance)
+    weights = None if given is None else _weights_of_rows(rows, given)
     channels = Channels(rows, weights)
     half = min((n_clusters - 1) // 2, GRID)
     limits: Float64s | None = None
@@ -130,7 +131,6 @@ def fit_integer_codebook(
         codes, ratio = _best_fit(channels, half)
     else:
         codes, ratio = _lloyd_fit(channels, half, init, max_iter, np.random.default_rng(seed))
-    given = None if importance is None else _rows(importance)
     return _assigned(data, given, codes, _scales(channels.peak, ratio), limits)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from torch import Tensor
 
-from torchclust.model.rules import Rules
+from torchclust.model.rules import Rules, check_options
 from torchclust.weight.config import Assignment, CodebookDtype, Gradient, Granularity, Init
 
 BESIDE_RULES = ("importance", "inputs", "seed")
@@ -47,12 +46,8 @@ def check_names(callback: Callable[..., Any], options: Iterable[str]) -> None:
         TypeError: names the option that was meant.
     """
     own = [name for name in inspect.signature(callback).parameters if name != "options"]
-    valid = [*own, *Options.__annotations__]
-    for name in options:
-        if name not in valid and name != "n_clusters":  # of which the rules say where it goes
-            close = difflib.get_close_matches(name, valid, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"
-            raise TypeError(f"unknown option {name!r} in WeightClustering(..., {name}); {hint}")
+    others = (name for name in options if name != "n_clusters")  # the rules say where that goes
+    check_options(others, [*own, *Options.__annotations__], "WeightClustering(..., {})")
 
 
 def of_rules(options: Options) -> dict[str, Any]:

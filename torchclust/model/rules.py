@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import fnmatch
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -163,11 +163,24 @@ def _pattern(pattern: object) -> str:
 
 
 def _check_fields(given: Mapping[str, Any], where: str) -> None:
-    fields = [field.name for field in dataclasses.fields(ClusterConfig)]
+    check_options(given, [field.name for field in dataclasses.fields(ClusterConfig)], where)
+
+
+def check_options(given: Iterable[str], valid: Sequence[str], where: str) -> None:
+    """Refuse an option that is none of the valid ones.
+
+    Args:
+        given: names.
+        valid: names.
+        where: the call that they were given in, with ``{}`` for the name.
+
+    Raises:
+        TypeError: says which one was meant, or lists them.
+    """
     for key in given:
-        if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(fields)}"
+        if key not in valid:
+            close = difflib.get_close_matches(str(key), valid, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"
             raise TypeError(f"unknown option {key!r} in {where.format(key)}; {hint}")
 
 

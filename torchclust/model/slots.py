@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torchclust.data_aware.blocks import evaluating
 from torchclust.model.places import (
     clustered_weight,
     computed_from,
@@ -246,15 +247,9 @@ def _shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
 def _read(module: nn.Module, name: str) -> Tensor:
     """The tensor as eval mode computes it: read in training, spectral_norm's estimate moves on."""
     computing = (holder for key, holder in parametrizations_of(module).items() if key == name)
-    modes = {inner: inner.training for holder in computing for inner in holder.modules()}
-    try:
-        for inner in modes:
-            inner.training = False
+    with evaluating(*computing):
         value: Tensor = getattr(module, name)
         return value
-    finally:
-        for inner, training in modes.items():
-            inner.training = training
 
 
 def clustered_slots(model: nn.Module) -> Iterator[tuple[Slot, ClusterConfig]]:

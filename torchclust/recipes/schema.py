@@ -28,7 +28,7 @@ RateSchedule = Annotated[
     Schedule, Field(description="of the rate: constant, or cosine, down to 0 over the epochs")
 ]
 Scale = Annotated[float, Field(gt=0, description="times train.lr (1e-3 where that is absent)")]
-FrozenNorms = Annotated[bool, Field(description="BatchNorms keep the statistics they came with")]
+FreezeNorms = Annotated[bool, Field(description="BatchNorms keep the statistics they came with")]
 
 
 class TrainSection(Section):
@@ -51,7 +51,7 @@ class PruneSection(Section):
     epochs: int = Field(1, ge=1, description="passes over the training set while pruning")
     lr_scale: Scale = 1.0
     schedule: RateSchedule = "constant"
-    freeze_batch_norm: FrozenNorms = False
+    freeze_batch_norm: FreezeNorms = False
 
 
 class FinetuneSection(Section):
@@ -69,7 +69,7 @@ class FinetuneSection(Section):
     epochs: int = Field(1, ge=0, description="passes over the training set")
     lr_scale: Scale = 0.1
     schedule: RateSchedule = "constant"
-    freeze_batch_norm: FrozenNorms = False
+    freeze_batch_norm: FreezeNorms = False
     quantize_activations: bool = Field(False, description="fake-quantize activations meanwhile")
     labels: bool = Field(True, description="false: a few images and the unclustered model")
     distillation_weight: float = Field(
